@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam between the engine and a hypervisor.
+
+Two roles, two Protocols: :class:`Source` is the running guest on the primary, :class:`Shell` its
+paused, empty twin on the standby.  :class:`Hypervisor` makes them.  ``checkpoint.xen`` implements
+all three on Xen; ``checkpoint.memory`` does in plain memory, for tests.
+
+All methods block; callers that must not block run them in a thread.  No method may be called
+concurrently with another one of the same object.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+PAGE_SIZE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """One network interface of the guest, as Dom0 sees it.
+
+    :ivar devid: the device number N of ``vifD.N``
+    :ivar vif: name of Dom0's network device, e.g. ``vif3.0``
+    :ivar mac: the guest's address, ``aa:bb:cc:dd:ee:ff``
+    :ivar bridge: name of the bridge that the vif is a port of, or ""
+    """
+
+    devid: int
+    vif: str
+    mac: str
+    bridge: str
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a standby must know to build the shell of a guest; travels as JSON.
+
+    :ivar name: the guest's name, without any suffix
+    :ivar uuid: the guest's UUID, canonical text form
+    :ivar domid: the number it has on the primary
+    :ivar vcpus: number of virtual CPUs
+    :ivar pages: guest RAM covers guest frames 0 to pages-1 (4 KiB each; may contain holes)
+    :ivar driver: name of the hypervisor driver that wrote ``detail`` ("xen", "memory")
+    :ivar detail: what only that driver understands; JSON values
+    """
+
+    name: str
+    uuid: str
+    domid: int
+    vcpus: int
+    pages: int
+    driver: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Staging:
+    """A preallocated buffer of page copies: ``gfns[i]`` is the frame number of page ``i``.
+
+    :ivar capacity: pages it can hold
+    :ivar count: pages it holds
+    :ivar gfns: guest frame numbers, ``array('Q')`` of ``capacity`` entries, the first ``count`` valid
+    :ivar data: writable buffer of ``capacity * PAGE_SIZE`` bytes
+    :ivar state: the machine state captured with the pages (vCPUs, devices); empty for live copies
+    """
+
+    __slots__ = ("capacity", "count", "data", "gfns", "state")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.count = 0
+        self.gfns = array("Q", bytes(8 * capacity))
+        self.data = memoryview(bytearray(capacity * PAGE_SIZE))
+        self.state = b""
+
+    def clear(self) -> None:
+        """Forget the contents; the memory stays."""
+        self.count = 0
+        self.state = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Figures of one capture.
+
+    :ivar pages: pages copied
+    :ivar pause_ns: time from the pause call to the return of the unpause call, nanoseconds
+    :ivar retries: pause points given up before this one
+    """
+
+    pages: int
+    pause_ns: int
+    retries: int
+
+
+class Source(Protocol):
+    """The running guest on the primary."""
+
+    description: Description
+    nics: list[Nic]
+
+    def track(self) -> None:
+        """Begin dirty tracking and map the guest's memory.
+
+        :raise HypervisorError: when the hypervisor refuses
+        """
+
+    def base_round(self) -> Iterable[array[int]]:
+        """Frames to copy live, in batches: every frame the first time, then those dirtied since.
+
+        Reading the log also cleans it.  The guest is not paused.
+        """
+
+    def copy_live(self, gfns: array[int], staging: Staging) -> None:
+        """Replace ``staging`` by copies of ``gfns`` (at most its capacity) while the guest runs.
+
+        A copy may be torn; then its frame is in a later round or capture.
+        """
+
+    def capture(
+        self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
+    ) -> Captured:
+        """Take one checkpoint into ``staging`` (pages and state) by pausing the guest.
+
+        ``close_output`` is called once, while the guest is paused and everything that it has sent
+        has reached the output buffer.  On return the guest runs again, or stays paused with
+        ``leave_paused``.  On any error the guest runs again and the dirty log has lost nothing.
+
+        :raise NotQuiescent: no usable pause point within the bound
+        :raise OverflowError: more dirty pages than ``staging`` holds (nothing was lost: those
+            frames stay dirty); the message gives the number
+        """
+
+    def pause(self) -> None:
+        """Stop the guest (idempotent)."""
+
+    def unpause(self) -> None:
+        """Let the guest run (idempotent)."""
+
+    def alive(self) -> bool:
+        """Whether the domain exists and has not shut down."""
+
+    def destroy(self) -> None:
+        """Destroy the guest on this host: another host runs it."""
+
+    def untrack(self) -> None:
+        """End dirty tracking and release every mapping (idempotent); the guest goes on."""
+
+
+class Shell(Protocol):
+    """The paused, not yet living twin of a guest on the standby.
+
+    :ivar memory: writable view of guest RAM, ``pages * PAGE_SIZE`` bytes; offset is gfn * PAGE_SIZE
+    """
+
+    memory: memoryview
+    nics: list[Nic]
+
+    def revive(self, state: bytes, elapsed_ns: int) -> None:
+        """Run the guest from ``memory`` and ``state``, under its own name.
+
+        :param elapsed_ns: time since the capture of that state: the guest's clocks go on by it
+        :raise ReviveError: it cannot run; the shell still exists, paused
+        """
+
+    def destroy(self) -> None:
+        """Remove the shell domain (idempotent)."""
+
+
+class Hypervisor(Protocol):
+    """A host's hypervisor."""
+
+    name: str
+
+    def open_source(self, domain: str) -> Source:
+        """The running guest ``domain`` (name or number), after checking every precondition.
+
+        :raise UnsupportedGuest: with one sentence for the first precondition that does not hold
+        """
+
+    def create_shell(self, description: Description) -> Shell:
+        """Build the shell for a guest; it stays paused.
+
+        :raise CheckpointError: e.g. not enough memory, name or number taken
+        """
+
+    def domains(self) -> list[tuple[int, str]]:
+        """(number, name) of every domain on this host but Dom0."""
+
+    def destroy_shell(self, name: str) -> bool:
+        """Remove a shell of guest ``name`` that a killed daemon left behind; True if there was one."""
+
+    def domain_exists(self, name: str) -> bool:
+        """Whether a domain of exactly that name lives on this host."""
+
+    def destroy_domain(self, name: str) -> None:
+        """Destroy the domain of that name: another host runs it."""
