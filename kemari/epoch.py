@@ -1,0 +1,647 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The epoch state machines: what the primary and the standby of one guest decide.  No I/O.
+
+Each public method of :class:`Primary` and :class:`Standby` is an event; it returns the actions that
+the caller must carry out, in order.  The invariants, checked after every event:
+
+1. Output of epoch *n* leaves the primary only after ack(*n*): ``released <= acked``, and one epoch at
+   most is in flight: ``acked <= sent <= captured <= acked + 1``.
+2. ack(*n*) is sent only when the standby holds all of epoch *n*, verified: ``acked == complete``.
+3. The standby runs only its last complete epoch, applied whole: a revival is of ``complete``, and
+   ``applied == complete`` by then.
+4. Two copies never both have visible output.  The primary lets output pass only with the standby's
+   promise to stand down, or where a policy or an administrator decided without one
+   (``let_go`` says which); the standby's promise and its takeover exclude each other for ever.
+5. Losing the standby, the link or the daemon never harms the running guest: apart from the moment of
+   a capture, which the driver ends itself, the guest is paused only while its output buffer is full
+   (``stalled``) or its ownership has been handed over (``handed``).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+
+class EpochError(Exception):
+    """An event that cannot happen in this state: a broken peer or a fault of the caller.
+
+    :param event: name of the event
+    :param state: the state that it met
+    :param problem: what is wrong
+    """
+
+    def __init__(self, event: str, state: enum.Enum, problem: str) -> None:
+        self.event = event
+        self.state = state
+        super().__init__(f"{event} while {state.name.lower().replace('_', ' ')}: {problem}")
+
+
+# ---- Actions ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Capture epoch ``epoch``, closing its output; ``keep_paused`` leaves the guest paused."""
+
+    epoch: int
+    keep_paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send the captured epoch ``epoch``."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Let the output of epoch ``epoch`` leave."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArmInterval:
+    """Start the interval timer anew; it ends in ``interval_elapsed``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRetry:
+    """Call ``retry`` after a short while: the guest was not at a usable pause point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Stop the guest: its output buffer is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unpause:
+    """Let the guest run on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask the standby over every path to stand down; one of three events answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """Tell the standby that it owns the guest from epoch ``epoch``."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """Let all output pass, held and future: nobody else runs this guest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Destroy the guest here and drop its held output: the standby runs it since ``generation``."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Tell the primary that epoch ``epoch`` is held whole and verified."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Write the staged epoch ``epoch`` into the shell, whole."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Forget an incomplete epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revive:
+    """Claim the guest durably, then run it as of epoch ``epoch``."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DestroyShell:
+    """Remove the shell; record first that this generation will never be taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromiseStoodDown:
+    """Tell the primary: this host does not and will not run this generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class TellRunning:
+    """Tell the primary, if it can be told: this host runs the guest."""
+
+
+Action = (
+    Capture
+    | Send
+    | Release
+    | ArmInterval
+    | ArmRetry
+    | Pause
+    | Unpause
+    | Ask
+    | Handover
+    | LetGo
+    | Abandon
+    | Ack
+    | Apply
+    | Discard
+    | Revive
+    | DestroyShell
+    | PromiseStoodDown
+    | TellRunning
+)
+Actions = list[Action]
+
+P = ParamSpec("P")
+MachineT = TypeVar("MachineT", "Primary", "Standby")
+
+
+def _event(
+    method: Callable[Concatenate[MachineT, P], Actions],
+) -> Callable[Concatenate[MachineT, P], Actions]:
+    """Check the invariants after an event."""
+
+    @wraps(method)
+    def checked(self: MachineT, /, *args: P.args, **kwargs: P.kwargs) -> Actions:
+        actions = method(self, *args, **kwargs)
+        self.check_invariants()
+        return actions
+
+    return checked
+
+
+def _demand(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(f"invariant broken: {what}")
+
+
+# ---- Primary ----------------------------------------------------------------------------------
+
+
+class PrimaryState(enum.Enum):
+    """Life of a protection on the host that runs the guest."""
+
+    #: base copy under way; output passes, the standby has nothing that it could run
+    COPYING = enum.auto()
+    #: checkpoints are taken; output waits for its ack
+    PROTECTED = enum.auto()
+    #: ownership was given to the standby; the guest stays paused until it answers
+    HANDING_OVER = enum.auto()
+    #: output is held until the standby says whether it stands down
+    ASKING = enum.auto()
+    #: no answer, and the policy is to hold: output stays held, asking goes on
+    HOLDING = enum.auto()
+    #: over: the guest runs here alone, its output passes
+    UNPROTECTED = enum.auto()
+    #: over: the standby runs the guest, the copy here is gone
+    MOVED = enum.auto()
+
+
+class LetGoReason(enum.Enum):
+    """On what ground all output was let go."""
+
+    #: the standby never had a complete epoch
+    NOTHING_SENT = enum.auto()
+    #: the standby stood down
+    PROMISE = enum.auto()
+    #: no answer on any path, and the policy says release
+    POLICY = enum.auto()
+    #: an administrator forced it
+    FORCE = enum.auto()
+
+
+class Primary:
+    """Decisions of the primary for one guest.
+
+    :param interval_only: a held frame triggers no checkpoint, only the timer does
+    :ivar state: see :class:`PrimaryState`
+    :ivar captured: last epoch captured (0: none)
+    :ivar sent: last epoch sent whole
+    :ivar acked: last epoch acknowledged
+    :ivar released: last epoch whose output has left
+    :ivar capturing: a capture has been asked for and not yet reported
+    :ivar stalled: the guest is paused because its output buffer is full
+    :ivar handed: the guest is paused because the final epoch was captured
+    :ivar let_go: why all output passes, or None while it does not
+    """
+
+    def __init__(self, *, interval_only: bool = False) -> None:
+        self.state = PrimaryState.COPYING
+        self.interval_only = interval_only
+        self.captured = self.sent = self.acked = self.released = 0
+        self.capturing = False
+        self.stalled = False
+        self.handed = False
+        self.let_go: LetGoReason | None = None
+        self._trigger = False
+        self._handover = False
+        self._retrying = False
+
+    @property
+    def over(self) -> bool:
+        """Whether this protection has ended."""
+        return self.state in (PrimaryState.UNPROTECTED, PrimaryState.MOVED)
+
+    @property
+    def protected(self) -> bool:
+        """Whether a power cut now would lose nothing."""
+        return self.state is PrimaryState.PROTECTED and self.acked > 0
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when one of the five is broken (see the module's text)."""
+        _demand(self.released <= self.acked, "output released before its ack")
+        _demand(
+            self.acked <= self.sent <= self.captured <= self.acked + 1,
+            f"acked {self.acked}, sent {self.sent}, captured {self.captured} are out of order",
+        )
+        _demand(
+            (self.let_go is not None) == (self.state is PrimaryState.UNPROTECTED),
+            "output passes without a ground",
+        )
+        _demand(
+            self.let_go is not LetGoReason.NOTHING_SENT or self.sent == 0,
+            "output passes unasked although an epoch was sent",
+        )
+        _demand(not (self.over and self.stalled), "the guest is stalled after protection ended")
+        _demand(
+            not self.handed
+            or self.state
+            in (
+                PrimaryState.PROTECTED,
+                PrimaryState.HANDING_OVER,
+                PrimaryState.ASKING,
+                PrimaryState.HOLDING,
+                PrimaryState.MOVED,
+            ),
+            "the guest is left paused",
+        )
+
+    # -- the checkpoint cycle --
+
+    @_event
+    def begin(self) -> Actions:
+        """The base copy is on the standby: take the first checkpoint."""
+        if self.over:
+            return []
+        self._require("begin", PrimaryState.COPYING)
+        self.state = PrimaryState.PROTECTED
+        self._trigger = True
+        return self._next()
+
+    @_event
+    def output_held(self) -> Actions:
+        """A frame of the guest waits in the output buffer."""
+        if self.state is PrimaryState.PROTECTED and not self.interval_only:
+            self._trigger = True
+        return self._next()
+
+    @_event
+    def interval_elapsed(self) -> Actions:
+        """The interval since the last checkpoint is over."""
+        if self.state is PrimaryState.PROTECTED:
+            self._trigger = True
+        return self._next()
+
+    @_event
+    def captured_epoch(self, epoch: int) -> Actions:
+        """Epoch ``epoch`` is in the staging buffer; the guest runs again unless it was final."""
+        if not self.capturing or epoch != self.captured + 1:
+            raise EpochError("captured", self.state, f"epoch {epoch} was not asked for")
+        self.capturing = False
+        self.captured = epoch
+        if self.over:
+            return [Unpause()] if self.state is PrimaryState.UNPROTECTED else []
+        self.handed = self._handover
+        # The driver lets the guest run at the end of a capture that was begun before the stall.
+        actions: Actions = [Pause()] if self.stalled else []
+        # While the protection was ending, the capture is of no more use: it is never sent, so the
+        # standby cannot own it.
+        return [*actions, Send(epoch)] if self.state is PrimaryState.PROTECTED else actions
+
+    @_event
+    def capture_failed(self) -> Actions:
+        """No usable pause point, or staging too small; the guest runs, nothing was lost."""
+        if not self.capturing:
+            raise EpochError("capture failed", self.state, "none was asked for")
+        self.capturing = False
+        self.stalled = False  # the driver let it run, and it must, to reach a usable pause point
+        if self.state is not PrimaryState.PROTECTED:
+            return []
+        self._trigger = True
+        self._retrying = True
+        return [ArmRetry()]
+
+    @_event
+    def retry(self) -> Actions:
+        """The wait after a failed capture is over."""
+        self._retrying = False
+        return self._next()
+
+    @_event
+    def sent_epoch(self, epoch: int) -> Actions:
+        """Epoch ``epoch`` is out of our hands, its COMMIT included."""
+        if epoch != self.captured or epoch != self.sent + 1:
+            raise EpochError("sent", self.state, f"epoch {epoch}, expected {self.captured}")
+        self.sent = epoch
+        return []
+
+    @_event
+    def acked_epoch(self, epoch: int) -> Actions:
+        """The standby holds epoch ``epoch``, verified."""
+        if epoch <= self.acked:
+            return []
+        if epoch > self.sent:
+            raise EpochError("ack", self.state, f"epoch {epoch}, but {self.sent} was the last sent")
+        self.acked = epoch
+        if self.over:
+            return []
+        # Right whatever the state: that epoch can be run by the standby, so its output may be seen.
+        actions: Actions = [Release(epoch)]
+        self.released = epoch
+        if self.stalled:
+            self.stalled = False
+            if not self.handed:
+                actions.append(Unpause())
+        if self.state is PrimaryState.PROTECTED:
+            if self.handed:
+                self.state = PrimaryState.HANDING_OVER
+                actions.append(Handover(epoch))
+            else:
+                actions.append(ArmInterval())
+                actions += self._next()
+        return actions
+
+    @_event
+    def buffer_full(self) -> Actions:
+        """Held output is above the limit: the guest waits rather than lose frames."""
+        if self.over or self.stalled or self.handed or self.state is PrimaryState.COPYING:
+            return []
+        self.stalled = True
+        if self.state is PrimaryState.PROTECTED:
+            self._trigger = True
+        return [Pause(), *self._next()]
+
+    def _next(self) -> Actions:
+        idle = (
+            self.state is PrimaryState.PROTECTED
+            and not self.capturing
+            and not self._retrying
+            and not self.handed
+            and self.captured == self.acked
+        )
+        if not idle or not self._trigger:
+            return []
+        self._trigger = False
+        self.capturing = True
+        return [Capture(self.captured + 1, keep_paused=self._handover or self.stalled)]
+
+    # -- the end --
+
+    @_event
+    def handover(self) -> Actions:
+        """A planned failover is wanted: one final checkpoint, then the standby owns the guest."""
+        if self.state is not PrimaryState.PROTECTED or self.acked == 0:
+            raise EpochError("handover", self.state, "the guest is not protected")
+        self._handover = True
+        self._trigger = True
+        return self._next()
+
+    @_event
+    def stop(self) -> Actions:
+        """Protection is to end: output is held until the standby has promised to stand down."""
+        return self._lose()
+
+    @_event
+    def link_lost(self) -> Actions:
+        """The replication link broke, fell silent, or the standby broke the protocol."""
+        return self._lose()
+
+    def _lose(self) -> Actions:
+        if self.state not in (
+            PrimaryState.COPYING,
+            PrimaryState.PROTECTED,
+            PrimaryState.HANDING_OVER,
+        ):
+            return []
+        if self.sent == 0 and self.captured == 0:
+            # No COMMIT has ever left: the standby has nothing to run.
+            return self._let_go(LetGoReason.NOTHING_SENT)
+        self.state = PrimaryState.ASKING
+        return [Ask()]
+
+    @_event
+    def stood_down(self) -> Actions:
+        """The standby promised never to run this generation."""
+        return [] if self.over else self._let_go(LetGoReason.PROMISE)
+
+    @_event
+    def standby_runs(self, generation: int) -> Actions:
+        """The standby owns the guest since ``generation``."""
+        if self.over:
+            return []
+        self.state = PrimaryState.MOVED
+        self.stalled = False
+        return [Abandon(generation)]
+
+    @_event
+    def no_answer(self, *, release: bool) -> Actions:
+        """No path to the standby gave an answer; ``release`` is the policy.
+
+        After a handover the policy does not count: the standby was told that it owns the guest.
+        """
+        if self.state not in (PrimaryState.ASKING, PrimaryState.HOLDING):
+            return []
+        if release and not self.handed:
+            return self._let_go(LetGoReason.POLICY)
+        self.state = PrimaryState.HOLDING
+        return [Ask()]
+
+    @_event
+    def force(self) -> Actions:
+        """An administrator says that the standby does not run the guest."""
+        return [] if self.over else self._let_go(LetGoReason.FORCE)
+
+    def _let_go(self, reason: LetGoReason) -> Actions:
+        paused = self.stalled or self.handed
+        self.state = PrimaryState.UNPROTECTED
+        self.let_go = reason
+        self.stalled = self.handed = False
+        return [LetGo(), Unpause()] if paused else [LetGo()]
+
+    def _require(self, event: str, state: PrimaryState) -> None:
+        if self.state is not state:
+            raise EpochError(event, self.state, f"expected {state.name.lower()}")
+
+
+# ---- Standby ----------------------------------------------------------------------------------
+
+
+class StandbyState(enum.Enum):
+    """Life of a protection on the host that stands by."""
+
+    #: shell built, base copy arriving: nothing that could run
+    COPYING = enum.auto()
+    #: holds a complete epoch
+    READY = enum.auto()
+    #: claimed the guest, bringing it to life
+    TAKING_OVER = enum.auto()
+    #: over: the guest runs here
+    RUNNING = enum.auto()
+    #: over: holds nothing, will never run this generation
+    STOOD_DOWN = enum.auto()
+    #: claimed the guest, but it would not run; the shell is kept, paused
+    FAILED = enum.auto()
+
+
+class Standby:
+    """Decisions of the standby for one guest.
+
+    :ivar state: see :class:`StandbyState`
+    :ivar complete: last epoch held whole and verified (0: none)
+    :ivar acked: last epoch acknowledged
+    :ivar applied: last epoch written into the shell
+    :ivar planned: the takeover was asked for by the primary
+    """
+
+    def __init__(self) -> None:
+        self.state = StandbyState.COPYING
+        self.complete = self.acked = self.applied = 0
+        self.planned = False
+        self._promised = False
+        self._claimed = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be received."""
+        return self.state not in (StandbyState.COPYING, StandbyState.READY)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when one of the five is broken (see the module's text)."""
+        _demand(self.acked == self.complete, "acknowledged what is not held whole")
+        _demand(self.applied == self.complete, "an epoch is applied in part or not at all")
+        _demand(not (self._promised and self._claimed), "took over after standing down")
+        _demand(
+            self._claimed
+            == (
+                self.state
+                in (StandbyState.TAKING_OVER, StandbyState.RUNNING, StandbyState.FAILED)
+            ),
+            "runs the guest without a claim",
+        )
+        _demand(
+            self.state is not StandbyState.COPYING or self.complete == 0, "ready, yet copying"
+        )
+
+    @_event
+    def committed(self, epoch: int) -> Actions:
+        """All of epoch ``epoch`` is staged and verified."""
+        if self.over:
+            # Its ack would let output of a guest leave that this host has taken or given up.
+            return [Discard()]
+        if epoch != self.complete + 1:
+            raise EpochError(
+                "commit", self.state, f"epoch {epoch}, expected {self.complete + 1}"
+            )
+        self.state = StandbyState.READY
+        self.complete = self.acked = self.applied = epoch
+        return [Ack(epoch), Apply(epoch)]
+
+    @_event
+    def link_closed(self) -> Actions:
+        """The primary's daemon closed the connection or died; its host lives.
+
+        A complete copy is kept: the host may still die before its daemon is back.
+        """
+        if self.state is StandbyState.COPYING:
+            return self._stand_down()
+        return [Discard()] if self.state is StandbyState.READY else []
+
+    @_event
+    def primary_dead(self) -> Actions:
+        """Silence on every path for the heartbeat time-out."""
+        if self.state is StandbyState.COPYING:
+            return self._stand_down()
+        return self._take_over() if self.state is StandbyState.READY else []
+
+    @_event
+    def link_dead(self) -> Actions:
+        """The replication link is silent, but the primary's host lives: another path beats."""
+        return [] if self.over else [*self._stand_down(), PromiseStoodDown()]
+
+    @_event
+    def asked_to_stand_down(self) -> Actions:
+        """The primary, or an administrator, wants this generation to end here."""
+        match self.state:
+            case StandbyState.TAKING_OVER:
+                return []  # answered when it is known whether the guest runs
+            case StandbyState.RUNNING:
+                return [TellRunning()]
+            case StandbyState.STOOD_DOWN:
+                return [PromiseStoodDown()]
+            case StandbyState.FAILED:
+                self._claimed = False
+        return [*self._stand_down(), PromiseStoodDown()]
+
+    @_event
+    def handed_over(self, epoch: int) -> Actions:
+        """The primary gave the guest to this host as of ``epoch``."""
+        if self.state is not StandbyState.READY:
+            return []
+        if epoch != self.complete:
+            raise EpochError("handover", self.state, f"epoch {epoch}, but {self.complete} is held")
+        self.planned = True
+        return self._take_over()
+
+    @_event
+    def revived(self) -> Actions:
+        """The guest runs here."""
+        self._require("revived", StandbyState.TAKING_OVER)
+        self.state = StandbyState.RUNNING
+        return [TellRunning()]
+
+    @_event
+    def revive_failed(self) -> Actions:
+        """The guest cannot run here; the shell still exists, paused.
+
+        After a planned handover the primary still has the guest, paused: it gets it back.
+        """
+        self._require("revive failed", StandbyState.TAKING_OVER)
+        if self.planned:
+            self._claimed = False
+            return [*self._stand_down(), PromiseStoodDown()]
+        self.state = StandbyState.FAILED
+        return []
+
+    def _take_over(self) -> Actions:
+        self.state = StandbyState.TAKING_OVER
+        self._claimed = True
+        return [Discard(), Revive(self.complete)]
+
+    def _stand_down(self) -> Actions:
+        self.state = StandbyState.STOOD_DOWN
+        self._promised = True
+        return [DestroyShell()]
+
+    def _require(self, event: str, state: StandbyState) -> None:
+        if self.state is not state:
+            raise EpochError(event, self.state, f"expected {state.name.lower()}")
