@@ -59,7 +59,7 @@ def _align(value: int) -> int:
     return (value + 7) & ~7
 
 
-class _NotHere(Exception):
+class _MismatchError(Exception):
     """A place that looked like the table's is not it."""
 
 
@@ -153,11 +153,12 @@ class Symbols:
             for hit in image.find(_DIGITS):
                 try:
                     return cls._read_at(image, hit)
-                except (_NotHere, GuestMemoryError):
+                except (_MismatchError, GuestMemoryError):
                     continue
         raise UnsupportedGuest(
-            "no symbol table (CONFIG_KALLSYMS) was found in the guest kernel's image around "
-            f"{lstar:#x}; Kemari reads where a Linux kernel keeps its clock and its Xen pages from it"
+            f"no symbol table was found in the guest kernel's image around {lstar:#x}; a Linux "
+            "kernel built with CONFIG_KALLSYMS_ALL is expected, since it tells where the kernel "
+            "keeps its clock and its Xen pages"
         )
 
     @classmethod
@@ -259,9 +260,9 @@ class Symbols:
         """Whether names look like names, and the one known symbol is where it is known to be."""
         for index in range(0, self._names.count, max(1, self._names.count // 64)):
             if not _SANE_NAME.fullmatch(self._text(index)):
-                raise _NotHere
+                raise _MismatchError
         if self.image.lstar not in self.all(ENTRY):
-            raise _NotHere
+            raise _MismatchError
 
 
 def _read_tokens(image: KernelImage, digits: int) -> _Tokens:
@@ -271,16 +272,16 @@ def _read_tokens(image: KernelImage, digits: int) -> _Tokens:
     for _ in range(ord("0"), 256):
         at = tail.find(0, at) + 1
         if not at:
-            raise _NotHere
+            raise _MismatchError
     index_at = _align(digits + at)
     index = struct.unpack("<256H", image.read(index_at, 512))
     table = digits - index[ord("0")]
     if index[0] or table & 7 or any(low >= high for low, high in pairwise(index)):
-        raise _NotHere
+        raise _MismatchError
     data = image.read(table, digits + at - table)
     text = data[:-1].split(b"\0")
     if len(text) != 256 or any(data[start - 1] for start in index[1:]):
-        raise _NotHere
+        raise _MismatchError
     return _Tokens(table, index_at + 512, text)
 
 
@@ -293,7 +294,7 @@ def _read_names(image: KernelImage, tokens: _Tokens) -> _Names:
         names = _match_names(image, end - _align(4 * len(markers)), markers, order, count)
         if names:
             return names
-    raise _NotHere
+    raise _MismatchError
 
 
 def _marker_ends(image: KernelImage, table: int) -> Iterator[tuple[int, int | None, int]]:
@@ -390,7 +391,7 @@ def _read_addresses(
                 offsets = array("i")
                 offsets.frombytes(raw)
                 return _Addresses(offsets, base, absolute_percpu), base_at + 8
-    raise _NotHere
+    raise _MismatchError
 
 
 def _holds(raw: bytes, word: bytes) -> bool:

@@ -24,7 +24,7 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
-class NotMapped(GuestMemoryError):
+class NotMappedError(GuestMemoryError):
     """The guest's page tables have no mapping for a virtual address."""
 
 
@@ -56,18 +56,18 @@ class AddressSpace:
     def translate(self, va: int) -> int:
         """Guest physical address of ``va``.
 
-        :raise NotMapped: no page there, or the address is not canonical
+        :raise NotMappedError: no page there, or the address is not canonical
         :raise GuestMemoryError: a table lies outside of guest RAM
         """
         sign = self._top_shift + 8
         if va >> sign not in (0, (1 << (64 - sign)) - 1):
-            raise NotMapped(f"virtual address {va:#x} is not canonical")
+            raise NotMappedError(f"virtual address {va:#x} is not canonical")
         table = self.root
         shift = self._top_shift
         while True:
             (entry,) = _U64.unpack(self.memory.read(table + ((va >> shift) & 511) * 8, 8))
             if not entry & _PRESENT:
-                raise NotMapped(f"the guest has no page at virtual address {va:#x}")
+                raise NotMappedError(f"the guest has no page at virtual address {va:#x}")
             if shift == 12 or (shift <= 30 and entry & _LARGE):
                 inside = (1 << shift) - 1
                 return int((entry & _FRAME & ~inside) | (va & inside))
