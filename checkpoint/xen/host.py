@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This host's Xen: finding guests, checking what protection needs, building shells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoint.driver import PAGE_SIZE, Description, Nic
+from checkpoint.errors import CheckpointError, UnsupportedGuest
+from checkpoint.guest.linux import LinuxGuest, LinuxLayout
+from checkpoint.guest.memory import RamView
+from checkpoint.xen import control, shell, toolstack
+from checkpoint.xen.context import Context
+from checkpoint.xen.control import (
+    HVM_PARAM_CONSOLE_EVTCHN,
+    HVM_PARAM_CONSOLE_PFN,
+    HVM_PARAM_STORE_EVTCHN,
+    HVM_PARAM_STORE_PFN,
+    Domain,
+)
+from checkpoint.xen.dirty import DirtyLog
+from checkpoint.xen.libs import libraries
+from checkpoint.xen.mapping import Mapping
+from checkpoint.xen.source import XenSource
+from checkpoint.xen.store import Store
+
+#: parameters that libxc's own save path carries (hvm/params.h): store, ioreq pages, rings, VM86
+#: TSS, console, ACPI, Viridian, identity page table, generation id, ioreq servers, FIP width, MCA
+_CARRIED_PARAMS = (1, 5, 6, 27, 28, 29, 37, 17, 19, 9, 12, 34, 32, 33, 36, 38)
+
+#: where the domain builder puts what is not RAM: ACPI tables (libxl_x86_acpi.c) up to the special
+#: pages (xg_dom_x86.c); the hole below 4 GiB begins there at the lowest
+_BUILDER_FIRST, _BUILDER_END = 0xFC000, 0xFF000
+
+
+class XenHost:
+    """Implements :class:`checkpoint.driver.Hypervisor` on Xen."""
+
+    name = "xen"
+
+    def __init__(self) -> None:
+        """:raise UnsupportedGuest: not a Dom0 of a supported Xen"""
+        self.release = libraries().release
+
+    # ---- Section: domains ----
+
+    def domains(self) -> list[tuple[int, str]]:
+        store = Store()
+        try:
+            return [
+                (domid, store.read(f"/local/domain/{domid}/name") or "")
+                for domid in control.list_domids()
+            ]
+        finally:
+            store.close()
+
+    def domain_exists(self, name: str) -> bool:
+        return any(found == name for _domid, found in self.domains())
+
+    def destroy_domain(self, name: str) -> None:
+        toolstack.destroy(self._resolve(name))
+
+    def destroy_shell(self, name: str) -> bool:
+        for domid, found in self.domains():
+            if found == name + shell.SUFFIX:
+                toolstack.destroy(domid)
+                return True
+        return False
+
+    def create_shell(self, description: Description) -> shell.XenShell:
+        if description.driver != self.name:
+            raise CheckpointError(
+                f"the primary runs the driver {description.driver!r} (expected {self.name!r})"
+            )
+        if self.domain_exists(description.name):
+            raise CheckpointError(
+                f"a domain named {description.name!r} exists on the standby (expected none)"
+            )
+        return shell.create(description)
+
+    def _resolve(self, domain: str) -> int:
+        for domid, name in self.domains():
+            if domain in (name, str(domid)):
+                return domid
+        raise UnsupportedGuest(f"no domain {domain!r} on this host (expected a running guest)")
+
+    # ---- Section: preconditions ----
+
+    def open_source(self, domain: str) -> XenSource:
+        domid = self._resolve(domain)
+        handle = Domain(domid)
+        info = handle.info()
+        if info is None or info.dying or info.shutdown:
+            raise UnsupportedGuest(f"domain {domain!r} is not running (expected a running guest)")
+        config = toolstack.configuration(domid)
+        _check_type(domain, config, info)
+        pages = _ram_pages(config)
+        store = Store()
+        try:
+            name = store.read(f"/local/domain/{domid}/name") or ""
+            nics = _nics(store, domid)
+        finally:
+            store.close()
+        _check_devices(name, config)
+        _check_dirty_log(domid, pages)
+        detail, layout, special = self._describe(handle, config, pages)
+        detail["nics"] = [
+            {"devid": nic.devid, "mac": nic.mac, "bridge": nic.bridge} for nic in nics
+        ]
+        description = Description(
+            name=name,
+            uuid=str(config["c_info"]["uuid"]),
+            domid=domid,
+            vcpus=info.vcpus,
+            pages=pages,
+            driver=self.name,
+            detail=detail,
+        )
+        return XenSource(handle, description, nics, layout, special)
+
+    def _describe(
+        self, handle: Domain, config: dict[str, Any], pages: int
+    ) -> tuple[dict[str, Any], LinuxLayout, list[int]]:
+        handle.pause()
+        try:
+            raw = handle.get_context()
+        finally:
+            handle.unpause()
+        context = Context(raw)
+        ram = Mapping(handle.domid, range(pages), allow_holes=True)
+        try:
+            registers = [context.vcpu(vcpu) for vcpu in context.vcpus()]
+            layout = LinuxGuest.read(
+                RamView(ram.view), [(vcpu.cr3, vcpu.cr4, vcpu.lstar) for vcpu in registers]
+            )
+            holes = ram.holes
+        finally:
+            ram.close()
+        named = [handle.get_param(HVM_PARAM_STORE_PFN), handle.get_param(HVM_PARAM_CONSOLE_PFN)]
+        frames = range(_BUILDER_FIRST, _BUILDER_END)
+        outside = Mapping(handle.domid, frames, allow_holes=True)
+        try:
+            absent = set(outside.holes)
+            static = {
+                gfn: outside.page(index).hex()
+                for index, gfn in enumerate(frames)
+                if index not in absent and gfn not in named
+            }
+        finally:
+            outside.close()
+        cpuid, msrs = handle.cpu_policy()
+        tsc = handle.tsc_info()
+        detail = {
+            "xen": self.release.name,
+            "config": config,
+            "cpuid": cpuid.hex(),
+            "msrs": msrs.hex(),
+            "context": raw.hex(),
+            "params": {
+                str(param): value for param in _CARRIED_PARAMS if (value := handle.get_param(param))
+            },
+            "ports": [
+                handle.get_param(HVM_PARAM_STORE_EVTCHN),
+                handle.get_param(HVM_PARAM_CONSOLE_EVTCHN),
+            ],
+            "tsc": [tsc.mode, tsc.khz, tsc.nsec, tsc.incarnation],
+            "holes": holes,
+            # shared with xenstored and xenconsoled
+            "special": named,
+            # ACPI tables, identity page table: written once, by the domain builder
+            "static": {str(gfn): page for gfn, page in static.items()},
+            "layout": layout.to_json(),
+        }
+        return detail, layout, named
+
+
+def _check_type(domain: str, config: dict[str, Any], info: control.DomainInfo) -> None:
+    kind = config["c_info"].get("type", "pv")
+    if kind != "pvh":
+        reason = (
+            "a PV guest has no dirty log in Xen without shadow paging"
+            if kind == "pv"
+            else "the state of emulated devices is not captured"
+        )
+        raise UnsupportedGuest(
+            f"domain {domain!r} is a {kind.upper()} guest (expected PVH): {reason}"
+        )
+    if not info.hap:
+        raise UnsupportedGuest(
+            f"domain {domain!r} runs without hardware-assisted paging (expected it on)"
+        )
+
+
+def _check_devices(name: str, config: dict[str, Any]) -> None:
+    refused = {
+        "pcidevs": "a passed-through PCI device",
+        "dtdevs": "a passed-through device",
+        "disks": "a disk, which is not replicated yet",
+        "vtpms": "a virtual TPM",
+        "usbdevs": "a USB device",
+        "p9s": "a 9p file system",
+        "vfbs": "a virtual framebuffer",
+        "vkbs": "a virtual keyboard",
+        "vsnds": "a virtual sound card",
+        "pvcallsifs": "a PV Calls socket device",
+        "channels": "a console channel",
+    }
+    for key, what in refused.items():
+        if config.get(key):
+            raise UnsupportedGuest(f"domain {name!r} has {what} (expected network devices only)")
+
+
+def _check_dirty_log(domid: int, pages: int) -> None:
+    log = DirtyLog(domid, pages)
+    try:
+        log.enable()
+    finally:
+        log.close()
+
+
+def _ram_pages(config: dict[str, Any]) -> int:
+    """Frames from 0 to the end of RAM.
+
+    A PVH guest's RAM begins at 0; what lies above is placed by the domain builder or by the guest
+    itself (grant table, frames for ballooning) and is handled by name.
+    """
+    pages = int(config["b_info"]["max_memkb"]) * 1024 // PAGE_SIZE
+    if pages > _BUILDER_FIRST:
+        raise UnsupportedGuest(
+            f"the guest has {pages // 256} MiB of memory (expected at most "
+            f"{_BUILDER_FIRST // 256} MiB, what fits below the hole at 4 GiB)"
+        )
+    return pages
+
+
+def _nics(store: Store, domid: int) -> list[Nic]:
+    base = f"/local/domain/{domid}/device/vif"
+    found = []
+    for devid in sorted(store.children(base), key=int):
+        backend = store.read(f"{base}/{devid}/backend") or ""
+        if not backend.startswith("/local/domain/0/"):
+            raise UnsupportedGuest(
+                f"network device {devid} has its backend in another domain (expected Dom0)"
+            )
+        found.append(
+            Nic(
+                devid=int(devid),
+                vif=store.read(f"{backend}/vifname") or f"vif{domid}.{devid}",
+                mac=store.read(f"{backend}/mac") or "",
+                bridge=store.read(f"{backend}/bridge") or "",
+            )
+        )
+    return found
+
+
+def open_host() -> XenHost:
+    """The Xen that this host runs."""
+    return XenHost()

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Foreign mappings: a domain's memory as a buffer in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from checkpoint.driver import PAGE_SIZE
+from checkpoint.errors import HypervisorError
+from checkpoint.xen.libs import Libraries, ffi, libraries
+
+_PROT_READ, _PROT_WRITE = 1, 2
+
+#: XENMEM_resource_grant_table and its id for shared frames (xen/include/public/memory.h)
+_RESOURCE_GRANT_TABLE, _GRANT_SHARED = 1, 0
+
+
+class Mapping:
+    """Guest frames mapped side by side.
+
+    :ivar view: the memory, ``len(gfns) * PAGE_SIZE`` bytes; it changes while the domain runs
+    :ivar holes: indices of frames that the domain does not have; touching them faults
+    """
+
+    def __init__(
+        self,
+        domid: int,
+        gfns: Sequence[int],
+        *,
+        writable: bool = False,
+        allow_holes: bool = False,
+        libs: Libraries | None = None,
+    ) -> None:
+        """Map ``gfns`` of domain ``domid``.
+
+        :raise HypervisorError: when Xen refuses, or a frame is missing without ``allow_holes``
+        """
+        self._libs = libs or libraries()
+        self._count = len(gfns)
+        frames = ffi.new("xen_pfn_t[]", list(gfns))
+        errors = ffi.new("int[]", self._count)
+        prot = _PROT_READ | (_PROT_WRITE if writable else 0)
+        self._address: Any = self._libs.fmem.xenforeignmemory_map(
+            self._libs.fmemh, domid, prot, self._count, frames, errors
+        )
+        if self._address == ffi.NULL:
+            raise HypervisorError(
+                "xenforeignmemory_map", ffi.errno, f"{self._count} frames of domain {domid}"
+            )
+        self.holes = [i for i in range(self._count) if errors[i]]
+        if self.holes and not allow_holes:
+            first = self.holes[0]
+            error = -errors[first]
+            self.close()
+            raise HypervisorError("xenforeignmemory_map", error, f"guest frame {gfns[first]:#x}")
+        self.view = memoryview(ffi.buffer(self._address, self._count * PAGE_SIZE)).cast("B")
+        if not writable:
+            self.view = self.view.toreadonly()
+
+    def page(self, index: int) -> memoryview:
+        """The ``index``-th mapped frame."""
+        return self.view[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+
+    def close(self) -> None:
+        """Unmap (idempotent).  The view must not be used afterwards."""
+        if self._address is not None:
+            self._libs.fmem.xenforeignmemory_unmap(self._libs.fmemh, self._address, self._count)
+            self._address = None
+
+
+class GrantFrames:
+    """The shared frames of a domain's grant table, mapped as a resource.
+
+    :ivar view: ``frames * PAGE_SIZE`` bytes of grant entries
+    """
+
+    def __init__(
+        self, domid: int, frames: int, *, writable: bool = False, libs: Libraries | None = None
+    ) -> None:
+        self._libs = libs or libraries()
+        address = ffi.new("void **")
+        prot = _PROT_READ | (_PROT_WRITE if writable else 0)
+        self._handle: Any = self._libs.fmem.xenforeignmemory_map_resource(
+            self._libs.fmemh, domid, _RESOURCE_GRANT_TABLE, _GRANT_SHARED, 0, frames,
+            address, prot, 0,
+        )  # fmt: skip
+        if self._handle == ffi.NULL:
+            raise HypervisorError(
+                "xenforeignmemory_map_resource", ffi.errno, f"grant table of domain {domid}"
+            )
+        self.frames = frames
+        self.view = memoryview(ffi.buffer(address[0], frames * PAGE_SIZE)).cast("B")
+        if not writable:
+            self.view = self.view.toreadonly()
+
+    def close(self) -> None:
+        """Unmap (idempotent)."""
+        if self._handle is not None:
+            self._libs.fmem.xenforeignmemory_unmap_resource(self._libs.fmemh, self._handle)
+            self._handle = None

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing a shell to life: the standby's part of a failover on Xen.
+
+Order: the stub makes the hypercalls that only the guest may make, so that every event-channel port
+gets its old number; Xen's pages go where the guest has them; memory, grants and vCPUs are set; the
+clock is made to continue; backends attach to the live rings; the guest runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from checkpoint.driver import PAGE_SIZE, Description
+from checkpoint.errors import ReviveError
+from checkpoint.guest.linux import LinuxLayout, read_watches, shift_clock
+from checkpoint.guest.memory import RamView
+from checkpoint.xen import rings, stub
+from checkpoint.xen.context import Context
+from checkpoint.xen.control import (
+    HVM_PARAM_CALLBACK_IRQ,
+    HVM_PARAM_CONSOLE_EVTCHN,
+    HVM_PARAM_STORE_EVTCHN,
+    XENMAPSPACE_GRANT_TABLE,
+    XENMAPSPACE_SHARED_INFO,
+    Domain,
+)
+from checkpoint.xen.mapping import GrantFrames, Mapping
+from checkpoint.xen.state import MachineState
+from checkpoint.xen.store import Store
+from checkpoint.xen.watches import WatchRequests
+
+log = logging.getLogger(__name__)
+
+#: guest frames that the stub borrows: low RAM that every PVH guest has
+_STUB_GFN = 0x20
+_STUB_BOUND, _BACKEND_BOUND = 10.0, 10.0
+
+#: HYPERVISOR_CALLBACK_VECTOR of Linux (arch/x86/include/asm/irq_vectors.h), used when the guest
+#: has its events delivered per vCPU
+_UPCALL_VECTOR = 0xF3
+_CALLBACK_TYPE_VECTOR = 2
+
+#: struct shared_info (xen.h, 64 bit): 32 vcpu_info of 64 bytes, then pending and mask bits
+_PENDING_AT, _MASK_AT, _BITS = 2048, 2560, 512
+_VCPU_INFO_SIZE = 64
+#: struct vcpu_info: time at 32: version, pad, tsc_timestamp, system_time, mul, shift, flags
+_TIME = struct.Struct("<IIQQIbB")
+_TIME_AT = 32
+
+_CONNECTED = "4"
+#: nodes of a frontend directory that belong to the toolstack of this host
+_TOOLSTACK_NODES = {"backend", "backend-id", "state", "handle", "mac", "trusted", "script"}
+
+
+def revive(
+    domain: Domain,
+    description: Description,
+    state: MachineState,
+    memory: memoryview,
+    elapsed_ns: int,
+) -> None:
+    """Run ``domain`` from ``memory`` and ``state``.
+
+    :param memory: its RAM, holding the whole last epoch
+    :param elapsed_ns: time since the capture of that epoch
+    :raise ReviveError: it cannot run; the domain is paused
+    """
+    begun = time.monotonic_ns()
+    layout = LinuxLayout.from_json(description.detail["layout"])
+    ram = RamView(memory)
+    context = Context(state.context)
+    store_page_gfn, console_page_gfn = description.detail["special"][:2]
+    reserved = {
+        domain.get_param(HVM_PARAM_STORE_EVTCHN),
+        domain.get_param(HVM_PARAM_CONSOLE_EVTCHN),
+    }
+    _check_reserved(state, reserved)
+    vector = _upcall_vector(state)
+
+    calls = [
+        stub.register_vcpu_info(vcpu, address) for vcpu, address in enumerate(layout.vcpu_info)
+    ]
+    if vector is not None:
+        calls += [stub.upcall_vector(vcpu, vector) for vcpu in range(len(layout.vcpu_info))]
+    calls += stub.bind_events(state.events, reserved)
+    watches = read_watches(ram, layout)
+    infos = [ram.read(address, _VCPU_INFO_SIZE) for address in layout.vcpu_info]
+
+    def elapsed() -> int:
+        return elapsed_ns + time.monotonic_ns() - begun
+
+    with _mapped(domain, store_page_gfn) as page:
+        _run_stub(domain, context, memory, calls, WatchRequests(page, watches), reserved)
+        page[:] = state.pages[store_page_gfn]
+    with _mapped(domain, console_page_gfn) as page:
+        page[:] = state.pages[console_page_gfn]
+
+    _place_frames(domain, layout, state, memory)
+    _shift(domain, layout, ram, (infos[0], context.vcpu(0).tsc), elapsed)
+    for vcpu, address in enumerate(layout.vcpu_info):
+        _restore_vcpu_info(ram, address, infos[vcpu])
+        if vector is not None:
+            context.request_interrupt(vcpu, vector)
+    domain.set_param(HVM_PARAM_CALLBACK_IRQ, state.params[HVM_PARAM_CALLBACK_IRQ])
+    _advance_tsc(context, elapsed() * description.detail["tsc"][1] // 10**6)
+    domain.set_context(context.to_bytes())
+    _attach_backends(domain.domid, state.store)
+    domain.unpause()
+    log.info("guest %s runs after %d ms", description.name, (time.monotonic_ns() - begun) // 10**6)
+
+
+def _check_reserved(state: MachineState, reserved: set[int]) -> None:
+    ports = {event.port for event in state.events}
+    if not reserved <= ports:
+        raise ReviveError(
+            f"the toolstack made event channels {sorted(reserved)} (expected ones that the guest has)"
+        )
+
+
+def _upcall_vector(state: MachineState) -> int | None:
+    via = state.params[HVM_PARAM_CALLBACK_IRQ]
+    # With per-vCPU upcall vectors Linux sets the parameter to a dummy (arch/x86/xen/enlighten_hvm.c)
+    return None if via >> 56 == _CALLBACK_TYPE_VECTOR else _UPCALL_VECTOR
+
+
+@contextmanager
+def _mapped(domain: Domain, gfn: int) -> Iterator[memoryview]:
+    mapping = Mapping(domain.domid, [gfn], writable=True)
+    try:
+        yield mapping.view
+    finally:
+        mapping.close()
+
+
+def _vendor_is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    return "GenuineIntel" in cpuinfo.read_text()
+
+
+def _run_stub(
+    domain: Domain,
+    context: Context,
+    memory: memoryview,
+    calls: list[stub.Call],
+    watches: WatchRequests,
+    reserved: set[int],
+) -> None:
+    """Let the stub make its calls on vCPU 0; guest memory and vCPU state are as before after it."""
+    base = _STUB_GFN * PAGE_SIZE
+    area = memory[base : base + stub.STUB_PAGES * PAGE_SIZE]
+    saved = bytes(area)
+    store_port = min(reserved)
+    started = Context(context.only_boot_vcpu())
+    try:
+        pending = calls
+        while pending or not watches.done:
+            if watches.pump():
+                pending = [*pending, stub.send(store_port)]
+            elif not pending:
+                os.sched_yield()  # xenstored is at work; it sends no event to us
+                continue
+            area[:] = stub.assemble(pending, base, intel=_vendor_is_intel())
+            started.start_flat(0, base)
+            domain.set_context(started.to_bytes())
+            domain.unpause()
+            try:
+                deadline = time.monotonic() + _STUB_BOUND
+                while not stub.finished(area):
+                    if time.monotonic() > deadline:
+                        raise ReviveError(f"the revive stub did not end within {_STUB_BOUND} s")
+                    os.sched_yield()
+            finally:
+                domain.pause()
+            stub.check_results(area, pending)
+            pending = []
+    finally:
+        area[:] = saved
+
+
+def _place_frames(
+    domain: Domain, layout: LinuxLayout, state: MachineState, memory: memoryview
+) -> None:
+    """Put shared_info and the grant table where the guest has them, with their contents."""
+    gfn = layout.shared_info // PAGE_SIZE
+    content = bytes(memory[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE])
+    domain.add_to_physmap(XENMAPSPACE_SHARED_INFO, 0, gfn)
+    pending = 0
+    for event in state.events:
+        pending |= 1 << event.port
+    with _mapped(domain, gfn) as page:
+        page[_MASK_AT : _MASK_AT + _BITS] = content[_MASK_AT : _MASK_AT + _BITS]
+        page[_PENDING_AT : _PENDING_AT + _BITS] = pending.to_bytes(_BITS, "little")
+    for index, frame in enumerate(layout.grant_frames[: len(state.grants)]):
+        domain.add_to_physmap(XENMAPSPACE_GRANT_TABLE, index, frame)
+    grants = GrantFrames(domain.domid, len(state.grants), writable=True)
+    try:
+        content = rings.unused_grants(b"".join(state.grants))
+        # Entries 0 and 1 are the toolstack's, for the console and xenstore of this host.
+        kept = 2 * rings.GRANT.size
+        grants.view[kept : len(content)] = content[kept:]
+    finally:
+        grants.close()
+
+
+def _restore_vcpu_info(ram: RamView, address: int, captured: bytes) -> None:
+    """Give a vCPU its event state back, with every event pending.
+
+    An event that was lost between the hosts is thereby raised again.  The time fields stay as
+    this host's Xen wrote them.
+    """
+    info = bytearray(captured[:_TIME_AT])
+    info[0] = 1
+    info[8:16] = b"\xff" * 8
+    ram.write(address, bytes(info))
+
+
+def _advance_tsc(context: Context, ticks: int) -> None:
+    for vcpu in context.vcpus():
+        context.set_tsc(vcpu, context.vcpu(vcpu).tsc + ticks)
+
+
+def _system_time(info: bytes, tsc: int) -> int:
+    """Xen's system time in the guest at ``tsc``, ns (struct vcpu_time_info, xen.h)."""
+    _version, _pad, stamp, system, multiplier, shift, _flags = _TIME.unpack_from(info, _TIME_AT)
+    delta = tsc - stamp
+    delta = delta << shift if shift >= 0 else delta >> -shift
+    return int(system + (delta * multiplier >> 32))
+
+
+def _shift(
+    domain: Domain,
+    layout: LinuxLayout,
+    ram: RamView,
+    captured: tuple[bytes, int],
+    elapsed: Callable[[], int],
+) -> None:
+    """Make the guest's clocks continue although this host's Xen counts from another start.
+
+    When the stub ran, Xen wrote this host's time into vCPU 0's vcpu_info.
+
+    :param captured: vCPU 0's vcpu_info and time-stamp counter at the capture
+    :param elapsed: time since the capture, ns
+    """
+    tsc_here = Context(domain.get_context()).vcpu(0).tsc
+    here = _system_time(ram.read(layout.vcpu_info[0], _VCPU_INFO_SIZE), tsc_here)
+    continued = _system_time(*captured) + elapsed()
+    shift_clock(ram, layout, here - continued)
+    log.info(
+        "the guest's clock moves from %d to %d ms of system time", continued // 10**6, here // 10**6
+    )
+
+
+def _attach_backends(domid: int, tree: dict[str, str]) -> None:
+    """Tell every backend to attach to the rings that the guest goes on using.
+
+    netback and blkback take the ring's own response index as their start (BACK_RING_ATTACH in
+    ``xen/include/public/io/ring.h``), so that unanswered requests are taken up again.
+    """
+    base = f"/local/domain/{domid}"
+    store = Store()
+    try:
+        frontends = sorted(
+            {"/".join(path.split("/")[:3]) for path in tree if path.startswith("device/vif/")}
+        )
+        for path, value in tree.items():
+            parts = path.split("/")
+            if parts[0] in ("control", "data", "attr", "feature") or (
+                parts[:2] == ["device", "vif"]
+                and len(parts) > 3
+                and parts[3] not in _TOOLSTACK_NODES
+            ):
+                store.write(f"{base}/{path}", value)
+        for frontend in frontends:
+            if tree.get(f"{frontend}/state") != _CONNECTED:
+                continue
+            store.write(f"{base}/{frontend}/state", _CONNECTED)
+        for frontend in frontends:
+            if tree.get(f"{frontend}/state") != _CONNECTED:
+                continue
+            backend = store.read(f"{base}/{frontend}/backend")
+            found = store.wait(f"{backend}/state", lambda v: v == _CONNECTED, _BACKEND_BOUND)
+            if found != _CONNECTED:
+                raise ReviveError(
+                    f"backend {backend} is in state {found} (expected {_CONNECTED}, connected)"
+                )
+    finally:
+        store.close()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared rings between the guest's frontends and Dom0's backends.  Pure.
+
+Layouts: ``xen/include/public/io/ring.h`` (indices), ``io/netif.h`` (slots), ``io/xs_wire.h``
+(xenstore).  An answer overwrites its request's slot, which is why a ring is only copied where
+every slot is either wholly a request or wholly answered.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from checkpoint.driver import PAGE_SIZE
+from checkpoint.errors import CheckpointError
+
+#: req_prod, req_event, rsp_prod, rsp_event
+_INDICES = struct.Struct("<4I")
+_SLOTS_AT = 64
+_RX_SLOTS = 256
+_RX_SLOT = struct.Struct("<HHI")
+
+#: struct xenstore_domain_interface: two buffers of 1024, then req_cons, req_prod, rsp_cons, rsp_prod
+XENSTORE_RING = 1024
+_XENSTORE_INDICES = struct.Struct("<4I")
+_XENSTORE_INDICES_AT = 2 * XENSTORE_RING
+
+#: grant entry version 1: flags, domid, frame (xen/include/public/grant_table.h)
+GRANT = struct.Struct("<HHI")
+GRANTS_PER_FRAME = PAGE_SIZE // GRANT.size
+
+
+@dataclass(frozen=True, slots=True)
+class NetRing:
+    """One ring page of a vif queue.
+
+    :ivar gfn: guest frame of the page
+    :ivar receive: whether it is the ring of receive buffers
+    """
+
+    gfn: int
+    receive: bool
+
+
+def net_rings(store: dict[str, str], grants: bytes | memoryview) -> list[NetRing]:
+    """The ring pages of every connected vif.
+
+    :param store: the guest's xenstore subtree
+    :param grants: shared frames of its grant table
+    :raise CheckpointError: when a ring reference is no grant
+    """
+    rings = []
+    for path, value in store.items():
+        if not path.startswith("device/vif/"):
+            continue
+        leaf = path.rsplit("/", 1)[1]
+        if leaf not in ("tx-ring-ref", "rx-ring-ref"):
+            continue
+        try:
+            reference = int(value)
+            _flags, _domid, frame = GRANT.unpack_from(grants, reference * GRANT.size)
+        except (ValueError, struct.error):
+            raise CheckpointError(f"xenstore node {path} has no valid grant: {value!r}") from None
+        rings.append(NetRing(frame, leaf == "rx-ring-ref"))
+    return rings
+
+
+def transmit_answered(page: memoryview) -> bool:
+    """Whether the backend has answered every request on a transmit ring."""
+    req_prod, _req_event, rsp_prod, _rsp_event = _INDICES.unpack_from(page, 0)
+    return bool(req_prod == rsp_prod)
+
+
+def receive_unambiguous(page: bytes | memoryview, grants: int) -> bool:
+    """Whether every slot not yet answered on a receive ring still holds its request.
+
+    netback writes answers into the slots first and moves the index later, in batches; a copy from
+    in between would offer answers as requests.  An answer read as a request names a grant beyond
+    any table, because its length field is in the upper half.
+
+    :param grants: number of entries of the guest's grant table
+    """
+    req_prod, _req_event, rsp_prod, _rsp_event = _INDICES.unpack_from(page, 0)
+    waiting = (req_prod - rsp_prod) & 0xFFFFFFFF
+    if waiting > _RX_SLOTS:
+        return False
+    for index in range(rsp_prod, rsp_prod + waiting):
+        at = _SLOTS_AT + (index % _RX_SLOTS) * _RX_SLOT.size
+        if _RX_SLOT.unpack_from(page, at)[2] >= grants:
+            return False
+    return True
+
+
+def xenstore_indices(page: bytes | memoryview) -> tuple[int, int, int, int]:
+    """(req_cons, req_prod, rsp_cons, rsp_prod) of a xenstore ring."""
+    req_cons, req_prod, rsp_cons, rsp_prod = _XENSTORE_INDICES.unpack_from(
+        page, _XENSTORE_INDICES_AT
+    )
+    return req_cons, req_prod, rsp_cons, rsp_prod
+
+
+def xenstore_empty(page: bytes | memoryview) -> bool:
+    """Whether no byte is on its way in either direction."""
+    req_cons, req_prod, rsp_cons, rsp_prod = xenstore_indices(page)
+    return req_cons == req_prod and rsp_cons == rsp_prod
+
+
+def unused_grants(frames: bytes) -> bytes:
+    """The same grant entries, not in use by anybody (bits GTF_reading and GTF_writing cleared).
+
+    On the standby no backend has mapped them yet.
+    """
+    out = bytearray(frames)
+    for at in range(0, len(out), GRANT.size):
+        out[at] &= ~0x18 & 0xFF
+    return bytes(out)

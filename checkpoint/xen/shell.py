@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shell on a Xen standby: the guest's paused, empty twin, and its revival."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from checkpoint.driver import Description, Nic
+from checkpoint.errors import CheckpointError
+from checkpoint.xen import control, toolstack
+from checkpoint.xen.context import Context
+from checkpoint.xen.control import Domain
+from checkpoint.xen.mapping import Mapping
+from checkpoint.xen.revive import revive
+from checkpoint.xen.state import MachineState
+from checkpoint.xen.stream import shell_stream
+
+log = logging.getLogger(__name__)
+
+#: name of a shell: the guest's own and this, as ``xl migrate`` marks an incoming guest
+SUFFIX = "--kemari"
+#: clocks within this of each other are the same to NTP, which corrects up to 500 ppm
+_CLOCK_TOLERANCE = 250e-6
+#: pages that Xen needs for a domain beside its RAM, measured: 1.5 MiB and 1/128 of its RAM
+_OVERHEAD_PAGES, _OVERHEAD_SHARE = 2048, 64
+
+
+class XenShell:
+    """Implements :class:`checkpoint.driver.Shell` on Xen."""
+
+    def __init__(self, description: Description, domain: Domain, nics: list[Nic]) -> None:
+        self.nics = nics
+        self._description = description
+        self._domain = domain
+        self._gone = False
+        holes = set(description.detail["holes"])
+        self._ram = Mapping(
+            domain.domid, range(description.pages), writable=True, allow_holes=bool(holes)
+        )
+        self.memory = self._ram.view
+
+    @property
+    def domid(self) -> int:
+        """Number of the shell domain: the guest's own."""
+        return self._domain.domid
+
+    def revive(self, state: bytes, elapsed_ns: int) -> None:
+        revive(
+            self._domain,
+            self._description,
+            MachineState.from_bytes(state),
+            self.memory,
+            elapsed_ns,
+        )
+        self._ram.close()
+        toolstack.rename(self._domain.domid, self._description.name)
+
+    def destroy(self) -> None:
+        if not self._gone:
+            self._gone = True
+            self._ram.close()
+            toolstack.destroy(self._domain.domid)
+
+
+def create(description: Description) -> XenShell:
+    """Build the shell for ``description`` through the toolstack.
+
+    :raise CheckpointError: not enough memory, name or number taken, toolstack failure
+    """
+    detail: dict[str, Any] = description.detail
+    domain = Domain(description.domid)
+    if domain.info() is not None:
+        raise CheckpointError(
+            f"domain number {description.domid} is in use on the standby (expected to be free: a "
+            "guest remembers its own)"
+        )
+    needed = description.pages + description.pages // _OVERHEAD_SHARE + _OVERHEAD_PAGES
+    free = control.free_pages()
+    if needed > free:
+        raise CheckpointError(
+            f"the standby has {free // 256} MiB of free memory (expected {needed // 256} MiB)"
+        )
+    config = copy.deepcopy(detail["config"])
+    config["c_info"]["name"] = description.name + SUFFIX
+    config["c_info"]["domid"] = description.domid
+    holes = set(detail["holes"])
+    ram = (gfn for gfn in range(description.pages) if gfn not in holes)
+    static = {int(gfn): bytes.fromhex(page) for gfn, page in detail["static"].items()}
+    major, minor = (int(part) for part in detail["xen"].split("."))
+    toolstack.restore_paused(
+        shell_stream(
+            config,
+            xen=(major, minor),
+            gfns=[*ram, *sorted([*static, *detail["special"]])],
+            cpuid=bytes.fromhex(detail["cpuid"]),
+            msrs=bytes.fromhex(detail["msrs"]),
+            params={int(key): value for key, value in detail["params"].items()},
+            context=Context(bytes.fromhex(detail["context"])).only_boot_vcpu(),
+            tsc=_tsc(detail),
+        )
+    )
+    nics = [
+        Nic(nic["devid"], f"vif{description.domid}.{nic['devid']}", nic["mac"], nic["bridge"])
+        for nic in detail["nics"]
+    ]
+    try:
+        _write_static(description.domid, static)
+        return XenShell(description, domain, nics)
+    except BaseException:
+        toolstack.destroy(description.domid)
+        raise
+
+
+def _write_static(domid: int, static: dict[int, bytes]) -> None:
+    pages = Mapping(domid, list(static), writable=True)
+    try:
+        for index, content in enumerate(static.values()):
+            pages.page(index)[:] = content
+    finally:
+        pages.close()
+
+
+def _tsc(detail: dict[str, Any]) -> tuple[int, int, int, int] | None:
+    """The guest's clock frequency, if this host's differs so much that Xen must emulate it."""
+    mode, khz, nsec, incarnation = detail["tsc"]
+    if abs(control.host_khz() - khz) <= khz * _CLOCK_TOLERANCE:
+        return None
+    log.warning(
+        "this host counts %d kHz, the guest's clock %d kHz: Xen will emulate the difference",
+        control.host_khz(), khz,
+    )  # fmt: skip
+    return mode, khz, nsec, incarnation

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The running guest on a Xen primary: dirty tracking and the capture of checkpoints.
+
+The order inside :meth:`XenSource.capture` is the whole point; it is that of ``docs/design``:
+pause, let the backends answer, close the output epoch, shared pages ("rings") before the dirty log,
+the log before data, data before vCPUs, run on.  Backends write data first and the ring after, so
+this order can only give a snapshot in which an answer is missing, never one in which data is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterable
+
+from checkpoint import native
+from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
+from checkpoint.errors import NotQuiescent
+from checkpoint.guest.linux import LinuxLayout, timekeeping_at_rest, xenstore_at_rest
+from checkpoint.guest.memory import RamView
+from checkpoint.xen import rings
+from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
+from checkpoint.xen.dirty import DirtyLog
+from checkpoint.xen.mapping import GrantFrames, Mapping
+from checkpoint.xen.state import MachineState
+from checkpoint.xen.store import Store
+from checkpoint.xen.tables import Tables
+
+#: how long a paused guest waits for its backends to answer what they consumed, seconds
+_QUIET_BOUND = 0.020
+#: frames per batch of a live copy: 4 MiB
+_BATCH = 1024
+
+
+class XenSource:
+    """Implements :class:`checkpoint.driver.Source` on Xen; made by ``Hypervisor.open_source``."""
+
+    def __init__(
+        self,
+        domain: Domain,
+        description: Description,
+        nics: list[Nic],
+        layout: LinuxLayout,
+        special: list[int],
+    ) -> None:
+        """:param special: guest frames outside RAM that backends share (xenstore, console)"""
+        self.description = description
+        self.nics = nics
+        self._domain = domain
+        self._layout = layout
+        self._special = special
+        self._pages = description.pages
+        self._paused = False
+        self._tracking = False
+        self._store: Store | None = None
+        self._destroyed = False
+
+    # ---- Section: tracking ----
+
+    def track(self) -> None:
+        domid = self._domain.domid
+        self._store = Store()
+        self._base = f"/local/domain/{domid}"
+        self._store_changed = self._store.watch(self._base)
+        self._log = DirtyLog(domid, self._pages)
+        self._tables = Tables(domid)
+        self._ram = Mapping(domid, range(self._pages), allow_holes=True)
+        self._outside = Mapping(domid, self._special)
+        self._memory = RamView(self._ram.view)
+        _events, frames = self._tables.read()
+        self._grants = GrantFrames(domid, frames)
+        self._found = array("Q", bytes(8 * self._pages))
+        self._carried: bytes | None = None
+        self._first_round = True
+        self._tracking = True
+        self._log.enable()
+        self._refresh()
+
+    def untrack(self) -> None:
+        if not self._tracking:
+            return
+        self._tracking = False
+        self.unpause()
+        self._log.close()
+        self._tables.close()
+        self._grants.close()
+        self._ram.close()
+        self._outside.close()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _refresh(self) -> None:
+        """Read again what the guest negotiated with its backends, if it changed."""
+        assert self._store is not None
+        if self._store_changed():
+            self._tree = self._store.tree(self._base)
+            self._rings = rings.net_rings(self._tree, self._grants.view)
+            self._shared = sorted(self._lasting_frames() | {ring.gfn for ring in self._rings})
+
+    def _lasting_frames(self) -> set[int]:
+        # Pages that Xen writes through a lasting mapping: the dirty log never sees those writes.
+        addresses = list(self._layout.vcpu_info) + list(self._layout.time_areas)
+        frames = {address // PAGE_SIZE for address in addresses}
+        frames.add(self._layout.shared_info // PAGE_SIZE)
+        frames.update(address // PAGE_SIZE for address in self._layout.event_frames)
+        return {frame for frame in frames if frame < self._pages}
+
+    # ---- Section: the first copy ----
+
+    def base_round(self) -> Iterable[array[int]]:
+        if self._first_round:
+            self._first_round = False
+            holes = set(self._ram.holes)
+            everything = array("Q", (g for g in range(self._pages) if g not in holes))
+            count = len(everything)
+        else:
+            self._log.read_and_clean()
+            everything = self._found
+            count = native.scan_bitmap(self._log.bitmap, self._pages, everything)
+        for start in range(0, count, _BATCH):
+            yield everything[start : min(start + _BATCH, count)]
+
+    def copy_live(self, gfns: array[int], staging: Staging) -> None:
+        staging.clear()
+        staging.gfns[: len(gfns)] = gfns
+        native.gather(self._ram.view, staging.gfns, len(gfns), staging.data)
+        staging.count = len(gfns)
+
+    # ---- Section: capture ----
+
+    def capture(
+        self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
+    ) -> Captured:
+        self._refresh()
+        staging.clear()
+        begun = time.perf_counter_ns()
+        self.pause()
+        try:
+            self._await_quiet()
+            close_output()
+            state = self._copy_shared(staging)
+            self._copy_dirty(staging)
+            state.context = self._domain.get_context()
+        except BaseException:
+            self.unpause()
+            raise
+        if not leave_paused:
+            self.unpause()
+        pause_ns = time.perf_counter_ns() - begun
+        staging.state = state.to_bytes()
+        return Captured(staging.count, pause_ns, 0)
+
+    def _await_quiet(self) -> None:
+        """Wait until no backend owes the paused guest an answer.
+
+        :raise NotQuiescent: the bound passed, or the guest itself is in the middle of something
+        """
+        if not timekeeping_at_rest(self._memory, self._layout):
+            raise NotQuiescent("the guest was paused while it updated its clock")
+        store_page = self._outside.page(0)
+        if not (rings.xenstore_empty(store_page) and xenstore_at_rest(self._memory, self._layout)):
+            raise NotQuiescent("the guest was paused in a conversation with xenstore")
+        transmit = [self._page(ring.gfn) for ring in self._rings if not ring.receive]
+        deadline = 0.0
+        for page in transmit:
+            while not rings.transmit_answered(page):
+                now = time.monotonic()
+                if not deadline:
+                    deadline = now + _QUIET_BOUND
+                elif now > deadline:
+                    raise NotQuiescent("a network backend has not answered within its bound")
+                os.sched_yield()
+
+    def _page(self, gfn: int) -> memoryview:
+        return self._ram.view[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
+
+    def _copy_shared(self, staging: Staging) -> MachineState:
+        """Copy, before the dirty log is read, every page that somebody else may write."""
+        events, frames = self._tables.read()
+        if frames != self._grants.frames:
+            self._grants.close()
+            self._grants = GrantFrames(self._domain.domid, frames)
+        grants = bytes(self._grants.view)
+        written = {gfn for gfn in native.active_writable(grants) if gfn < self._pages}
+        shared = self._shared
+        if not written.issubset(shared):
+            shared = sorted(written.union(shared))
+        self._copied_first = array("Q", shared)
+        self._need(staging, len(shared))
+        staging.gfns[: len(shared)] = self._copied_first
+        native.gather(self._ram.view, staging.gfns, len(shared), staging.data)
+        staging.count = len(shared)
+        self._check_receive_rings(staging, frames * rings.GRANTS_PER_FRAME)
+        return MachineState(
+            context=b"",
+            events=events,
+            grants=[grants[at : at + PAGE_SIZE] for at in range(0, len(grants), PAGE_SIZE)],
+            pages={
+                gfn: bytes(self._outside.page(index)) for index, gfn in enumerate(self._special)
+            },
+            params={HVM_PARAM_CALLBACK_IRQ: self._domain.get_param(HVM_PARAM_CALLBACK_IRQ)},
+            store=self._tree,
+        )
+
+    def _check_receive_rings(self, staging: Staging, grants: int) -> None:
+        deadline = 0.0
+        for ring in self._rings:
+            if not ring.receive:
+                continue
+            index = self._copied_first.index(ring.gfn)
+            copy = staging.data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+            while not rings.receive_unambiguous(copy, grants):
+                now = time.monotonic()
+                if not deadline:
+                    deadline = now + _QUIET_BOUND
+                elif now > deadline:
+                    raise NotQuiescent("a network backend keeps a batch of answers open")
+                os.sched_yield()
+                copy[:] = self._page(ring.gfn)
+
+    def _copy_dirty(self, staging: Staging) -> None:
+        self._log.read_and_clean()
+        if self._carried is not None:
+            self._merge_carried()
+        try:
+            count = native.scan_bitmap(self._log.bitmap, self._pages, self._found)
+            count = native.subtract(self._found, count, self._copied_first)
+            first = staging.count
+            self._need(staging, first + count)
+            staging.gfns[first : first + count] = self._found[:count]
+            native.gather(self._ram.view, self._found, count, staging.data[first * PAGE_SIZE :])
+            staging.count = first + count
+        except BaseException:
+            # The log is clean now: what it said must not be lost with this attempt.
+            self._carried = bytes(self._log.bitmap)
+            raise
+
+    def _merge_carried(self) -> None:
+        assert self._carried is not None
+        merged = int.from_bytes(self._log.bitmap, "little") | int.from_bytes(
+            self._carried, "little"
+        )
+        self._log.bitmap[:] = merged.to_bytes(len(self._log.bitmap), "little")
+        self._carried = None
+
+    @staticmethod
+    def _need(staging: Staging, pages: int) -> None:
+        if pages > staging.capacity:
+            raise OverflowError(f"{pages} pages to copy (staging holds {staging.capacity})")
+
+    # ---- Section: life cycle ----
+
+    def pause(self) -> None:
+        if not self._paused:
+            self._domain.pause()
+            self._paused = True
+
+    def unpause(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._domain.unpause()
+
+    def alive(self) -> bool:
+        info = self._domain.info()
+        return info is not None and not info.dying and not info.shutdown
+
+    def destroy(self) -> None:
+        from checkpoint.xen import toolstack
+
+        self.untrack()
+        if not self._destroyed:
+            toolstack.destroy(self._domain.domid)
+            self._destroyed = True

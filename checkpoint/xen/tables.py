@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A domain's event channels and the size of its grant table, in one multicall.
+
+Asking port by port costs a trip into Xen each; a multicall asks for all of them in one, which
+matters because the guest is paused meanwhile.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from checkpoint.driver import PAGE_SIZE
+from checkpoint.errors import HypervisorError
+from checkpoint.xen.libs import Libraries, ffi, libraries
+from checkpoint.xen.state import EventChannel
+
+_HYPERVISOR_MULTICALL, _HYPERVISOR_GRANT_TABLE_OP, _HYPERVISOR_EVENT_CHANNEL_OP = 13, 20, 32
+_EVTCHNOP_STATUS, _GNTTABOP_QUERY_SIZE = 5, 6
+
+#: struct multicall_entry (xen.h): op, result, six arguments
+_ENTRY = struct.Struct("<Qq6Q")
+#: struct evtchn_status: dom, port, status, vcpu, union; the union's first words are, by status:
+#: unbound {u16 dom}, interdomain {u16 dom, u32 port}, virq {u32 virq}
+_STATUS = struct.Struct("<HxxIIIHxxI")
+_VIRQ_WORD = struct.Struct("<I")
+#: struct gnttab_query_size: dom, nr_frames, max_nr_frames, status
+_QUERY = struct.Struct("<HxxIIhxx")
+
+_MOST_PORTS = 4096
+_VIRQ, _CLOSED = 4, 0
+
+
+class Tables:
+    """Reader of one domain's event-channel table and grant-table size."""
+
+    def __init__(self, domid: int, libs: Libraries | None = None) -> None:
+        self._libs = libs or libraries()
+        self._domid = domid
+        self._allocate(32)
+
+    def _allocate(self, ports: int) -> None:
+        self._ports = ports
+        size = (ports + 1) * (_ENTRY.size + _STATUS.size) + _QUERY.size
+        self._pages = -(-size // PAGE_SIZE)
+        self._memory = self._libs.call.xencall_alloc_buffer_pages(self._libs.callh, self._pages)
+        if self._memory == ffi.NULL:
+            raise HypervisorError("xencall_alloc_buffer_pages", ffi.errno)
+        self._view = memoryview(ffi.buffer(self._memory, self._pages * PAGE_SIZE)).cast("B")
+        self._base = int(ffi.cast("uintptr_t", self._memory))
+        self._entries = bytearray((ports + 1) * _ENTRY.size)
+        self._status_at = len(self._entries)
+        self._query_at = self._status_at + ports * _STATUS.size
+        self._requests = bytearray(ports * _STATUS.size + _QUERY.size)
+        for port in range(ports):
+            _ENTRY.pack_into(
+                self._entries, port * _ENTRY.size,
+                _HYPERVISOR_EVENT_CHANNEL_OP, 0, _EVTCHNOP_STATUS,
+                self._base + self._status_at + port * _STATUS.size, 0, 0, 0, 0,
+            )  # fmt: skip
+            _STATUS.pack_into(self._requests, port * _STATUS.size, self._domid, port, 0, 0, 0, 0)
+        _ENTRY.pack_into(
+            self._entries, ports * _ENTRY.size,
+            _HYPERVISOR_GRANT_TABLE_OP, 0, _GNTTABOP_QUERY_SIZE,
+            self._base + self._query_at, 1, 0, 0, 0,
+        )  # fmt: skip
+        _QUERY.pack_into(self._requests, ports * _STATUS.size, self._domid, 0, 0, 0)
+
+    def read(self) -> tuple[list[EventChannel], int]:
+        """(bound ports in ascending order, number of grant-table frames).
+
+        Xen gives out the lowest free port first, so a free port after the last bound one ends the
+        table.
+
+        :raise HypervisorError: when Xen refuses
+        """
+        while True:
+            events, frames = self._read_once()
+            if not events or events[-1].port < self._ports - 1:
+                return events, frames
+            if self._ports >= _MOST_PORTS:
+                raise HypervisorError("EVTCHNOP_status", 7, f"more than {_MOST_PORTS} ports")
+            self.close()
+            self._allocate(self._ports * 2)
+
+    def _read_once(self) -> tuple[list[EventChannel], int]:
+        view, status_at = self._view, self._status_at
+        view[:status_at] = self._entries
+        view[status_at : status_at + len(self._requests)] = self._requests
+        result = self._libs.call.xencall2(
+            self._libs.callh, _HYPERVISOR_MULTICALL, self._base, self._ports + 1
+        )
+        if result < 0:
+            raise HypervisorError("multicall", ffi.errno, "event channels")
+        raw = bytes(view[: self._query_at + _QUERY.size])
+        events: list[EventChannel] = []
+        for port in range(self._ports):
+            at = status_at + port * _STATUS.size
+            _dom, number, status, vcpu, remote, _port = _STATUS.unpack_from(raw, at)
+            if status == _CLOSED:
+                continue
+            detail = _VIRQ_WORD.unpack_from(raw, at + 16)[0] if status == _VIRQ else remote
+            events.append(EventChannel(number, status, vcpu, detail))
+        _dom, frames, _most, error = _QUERY.unpack_from(raw, self._query_at)
+        if error:
+            raise HypervisorError("GNTTABOP_query_size", 1, f"status {error}")
+        return events, frames
+
+    def close(self) -> None:
+        """Free the hypercall buffer (idempotent)."""
+        if self._memory is not None:
+            self._libs.call.xencall_free_buffer_pages(self._libs.callh, self._memory, self._pages)
+            self._memory = None
