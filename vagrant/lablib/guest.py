@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's guest: what it is made of, its configuration, and waiting for its service."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lablib.command import check_programs, run
+from lablib.errors import LabError
+from lablib.image import HERE, Base, LayerFile, guest_initramfs
+from lablib.initramfs import Entry, Modules
+from lablib.network import GUEST_IPV4, Network
+from lablib.recipe import GUEST_MODULES
+
+NAME = "demo"
+ECHO_PORT = 7777
+COMMAND_PORT = 7070
+FOLDER = "root/guest"
+EXTRA = "console=hvc0 quiet xen.fifo_events=0 clocksource=tsc tsc=reliable"
+START_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class GuestOptions:
+    """What the guest is like.
+
+    :ivar vcpus: number of virtual CPUs
+    :ivar memory_mib: its memory
+    :ivar extra: its kernel's command line
+    :ivar kernel: None for Dom0's own kernel, or a folder on this machine that holds
+        ``boot/vmlinuz-VERSION`` and ``lib/modules/VERSION`` as a Debian kernel package does
+    """
+
+    vcpus: int = 1
+    memory_mib: int = 128
+    extra: str = EXTRA
+    kernel: Path | None = None
+
+
+def compile_demo() -> bytes:
+    """Compile the service; it is linked statically and needs nothing else in the guest.
+
+    :raises LabError: there is no C compiler, or it failed
+    """
+    check_programs(["gcc"])
+    with tempfile.TemporaryDirectory(prefix="kemari-demo-") as work:
+        out = Path(work) / "demo"
+        run(["gcc", "-static", "-O2", "-s", "-std=c11", "-o", out, HERE / "guest" / "demo.c"])
+        return out.read_bytes()
+
+
+def config(options: GuestOptions, kernel: str) -> str:
+    """The guest's configuration for xl.
+
+    :param kernel: path of its kernel in Dom0
+    """
+    text = (HERE / "guest" / "guest.cfg").read_text()
+    text = text.replace("@KERNEL@", kernel).replace("@EXTRA@", options.extra)
+    return text.replace("@MEMORY@", str(options.memory_mib)).replace("@VCPUS@", str(options.vcpus))
+
+
+def _foreign_kernel(folder: Path) -> tuple[bytes, list[Entry]]:
+    kernels = sorted((folder / "boot").glob("vmlinuz-*"))
+    if len(kernels) != 1:
+        raise LabError(f"{folder}/boot holds {len(kernels)} kernels (vmlinuz-*); expected one.")
+    version = kernels[0].name.removeprefix("vmlinuz-")
+    tree = folder / "lib" / "modules" / version
+    if not tree.is_dir():
+        tree = folder / "usr" / "lib" / "modules" / version
+    return kernels[0].read_bytes(), Modules(tree).entries(GUEST_MODULES)
+
+
+def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
+    """The guest's files in a host.
+
+    :raises LabError: the kernel asked for is not there, or the service cannot be compiled
+    """
+    files: dict[str, LayerFile] = {}
+    if options.kernel is None:
+        kernel, modules = f"/boot/vmlinuz-{base.kernel_version}", base.guest_modules
+    else:
+        image, modules = _foreign_kernel(options.kernel)
+        kernel = f"/{FOLDER}/vmlinuz"
+        files[f"{FOLDER}/vmlinuz"] = LayerFile(image)
+    files[f"{FOLDER}/initramfs.gz"] = LayerFile(
+        guest_initramfs(base.busybox, modules, compile_demo())
+    )
+    files["root/guest.cfg"] = LayerFile(config(options, kernel).encode(), stat.S_IFREG | 0o644)
+    return files
+
+
+# Run in the namespace.  A connection attempt waits in the kernel while nobody answers for the
+# address; only a refusal comes back at once.
+_PROBE = """
+import socket, sys, time
+address, port, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+end = time.monotonic() + timeout
+while (left := end - time.monotonic()) > 0:
+    try:
+        with socket.create_connection((address, port), timeout=min(left, 20)) as service:
+            service.settimeout(max(left, 1))
+            service.sendall(b"probe\\n")
+            if service.recv(100).startswith(b"probe 1 "):
+                sys.exit(0)
+    except (ConnectionRefusedError, ConnectionResetError):
+        time.sleep(0.2)
+    except OSError:
+        pass
+sys.exit(1)
+"""
+
+
+def wait_for_service(
+    network: Network, timeout: float = START_TIMEOUT, address: str = GUEST_IPV4
+) -> None:
+    """Wait until the guest's service answers a client outside the hosts.
+
+    :raises LabError: it did not within ``timeout`` seconds
+    """
+    probe = ["python3", "-c", _PROBE, address, str(ECHO_PORT), str(timeout)]
+    if subprocess.run([*network.enter(), *probe], check=False).returncode != 0:
+        raise LabError(
+            f"The guest's service at {address} port {ECHO_PORT} did not answer "
+            f"within {timeout:.0f} s."
+        )

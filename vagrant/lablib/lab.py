@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole lab: two hosts, their network, the guest, and the project under test in them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lablib import guest as guests
+from lablib.command import check_programs, say, step
+from lablib.errors import LabError
+from lablib.guest import GuestOptions, guest_layer, wait_for_service
+from lablib.host import Host, Machine
+from lablib.image import Base, build_base, find_base, host_layer, layer_digest, write_disk
+from lablib.network import HOSTS, LINKS, Network
+from lablib.project import project_layer
+from lablib.recipe import NEEDED, Recipe, recipe_for
+from lablib.ssh import Result, Ssh
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+DEFAULT_SUITE = "bookworm"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What can be chosen when a lab is brought up."""
+
+    suite: str = DEFAULT_SUITE
+    machine: Machine = field(default_factory=Machine)
+    guest: GuestOptions = field(default_factory=GuestOptions)
+
+    def to_json(self) -> str:
+        """Text that :meth:`from_json` reads."""
+        return json.dumps(asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        """The options that :meth:`to_json` wrote."""
+        read: dict[str, Any] = json.loads(text)
+        kernel = read["guest"].pop("kernel")
+        return cls(
+            read["suite"],
+            Machine(**read["machine"]),
+            GuestOptions(**read["guest"], kernel=Path(kernel) if kernel else None),
+        )
+
+
+class Lab:
+    """One lab; all that is known of it is in its state folder.
+
+    :param state: the state folder, made when needed
+    """
+
+    def __init__(self, state: Path | None = None) -> None:
+        self.state = (state or REPOSITORY / "lab-state").absolute()
+        self.network = Network(self.state)
+        self.ssh_client = Ssh(self.state, self.network)
+        self.hosts = {name: Host(name, self.state, self.network) for name in HOSTS}
+
+    # ---- options, locking ----
+
+    @property
+    def _options_file(self) -> Path:
+        return self.state / "options.json"
+
+    @property
+    def options(self) -> Options:
+        """What the lab was brought up with.
+
+        :raises LabError: it never was
+        """
+        try:
+            return Options.from_json(self._options_file.read_text())
+        except FileNotFoundError:
+            raise LabError(f"There is no lab in {self.state}; `lab up` starts one.") from None
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.state.mkdir(parents=True, exist_ok=True)
+        with (self.state / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def host(self, name: str) -> Host:
+        """A host by its name.
+
+        :raises LabError: there is none of that name
+        """
+        if name not in self.hosts:
+            raise LabError(f"No host {name!r} in the lab; expected {' or '.join(HOSTS)}.")
+        return self.hosts[name]
+
+    # ---- building ----
+
+    def build(self, suite: str = DEFAULT_SUITE) -> Base:
+        """Build the base of a suite and this lab's disk, as far as they are not there already.
+
+        :raises LabError: something needed is missing or failed
+        """
+        check_programs(list(NEEDED))
+        with self._lock():
+            return self._build(Options(suite))[0]
+
+    def _build(self, options: Options) -> tuple[Base, Recipe]:
+        recipe = recipe_for(options.suite)
+        base = build_base(recipe)
+        layer = {
+            **host_layer(),
+            **guest_layer(base, options.guest),
+            **project_layer(REPOSITORY, recipe, self.state),
+        }
+        digest = f"{base.folder.name} {layer_digest(layer)}"
+        noted = self.state / "dom0.digest"
+        disk = self.state / "dom0.img"
+        if not disk.exists() or not noted.exists() or noted.read_text() != digest:
+            with step("installing project and guest into Dom0's disk"):
+                noted.unlink(missing_ok=True)
+                write_disk(base, layer, disk)
+                noted.write_text(digest)
+        return base, recipe
+
+    # ---- up and down ----
+
+    def up(self, options: Options) -> None:
+        """Bring the lab up, from fresh disks; hosts without power are booted if it is up already.
+
+        :raises LabError: a host did not come up, or the lab runs with another suite
+        """
+        check_programs(list(NEEDED))
+        with self._lock():
+            running = [host for host in self.hosts.values() if host.is_running]
+            if running and self.network.is_up:
+                if self.options.suite != options.suite:
+                    raise LabError(
+                        f"The lab in {self.state} is up with suite {self.options.suite}; take it "
+                        "down first, or name another folder with --state."
+                    )
+            else:
+                self._down()
+                base, _ = self._build(options)
+                self._options_file.write_text(options.to_json())
+                link = self.state / "base"
+                link.unlink(missing_ok=True)
+                link.symlink_to(base.folder)
+                self.ssh_client.set_up(base.key, base.host_key)
+                for host in self.hosts.values():
+                    host.fresh_disk()
+                self.network.up()
+            self._boot([name for name in HOSTS if not self.hosts[name].is_running])
+
+    def _boot(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        machine = self.options.machine
+        booting = {name: self.hosts[name].power_on(machine) for name in names}
+
+        def wait(name: str) -> None:
+            seconds = booting[name].wait()
+            self.ssh_client.connect(name)
+            say(f"host {name} is up after {seconds:.0f} s")
+
+        with ThreadPoolExecutor() as pool:
+            for waiting in [pool.submit(wait, name) for name in names]:
+                waiting.result()
+
+    def boot(self, name: str) -> None:
+        """Give a host its power back and wait until it is up; its disk is as it was.
+
+        :raises LabError: it has power, or did not come up
+        """
+        host = self.host(name)
+        with self._lock():
+            if host.is_running:
+                raise LabError(f"Host {name} has power already.")
+            self.network.enter()
+            self._boot([name])
+
+    def power_cut(self, name: str) -> None:
+        """Take a host's power away: SIGKILL of its QEMU, no goodbye on any connection.
+
+        :raises LabError: it has none
+        """
+        host = self.host(name)
+        if not host.power_cut():
+            raise LabError(f"Host {name} has no power already.")
+        self.ssh_client.disconnect(name)
+
+    def _down(self) -> None:
+        for name, host in self.hosts.items():
+            host.power_cut()
+            if self.network.is_up:
+                self.ssh_client.disconnect(name)
+        self.network.down()
+
+    def down(self) -> None:
+        """Take everything down; logs stay."""
+        with self._lock():
+            self._down()
+
+    # ---- use ----
+
+    def _link(self, link: str) -> str:
+        if link not in LINKS:
+            raise LabError(f"No link {link!r} in the lab; expected {' or '.join(LINKS)}.")
+        return link
+
+    def unplug(self, name: str, link: str) -> None:
+        """Make a link of a host silent, in both directions.
+
+        :raises LabError: there is no such host or link, or the lab is down
+        """
+        self.network.set_link(self.host(name).name, self._link(link), plugged=False)
+
+    def plug(self, name: str, link: str) -> None:
+        """Have a link of a host carry again.
+
+        :raises LabError: there is no such host or link, or the lab is down
+        """
+        self.network.set_link(self.host(name).name, self._link(link), plugged=True)
+
+    def ssh(
+        self,
+        name: str,
+        command: str,
+        *,
+        check: bool = True,
+        timeout: float = 300,
+        stdin: bytes = b"",
+    ) -> Result:
+        """Run a shell command on a host to its end.
+
+        :param check: raise if its exit status is not 0
+        :param timeout: seconds that it may take
+        :raises LabError: the host has no power, or the command failed or took too long
+        """
+        if not self.host(name).is_running:
+            raise LabError(f"Host {name} has no power; `lab boot {name}` starts it.")
+        result = self.ssh_client.run(name, command, timeout=timeout, stdin=stdin)
+        if check and result.status != 0:
+            raise LabError(
+                f"The command on host {name} failed with exit status {result.status}: {command}",
+                (result.stdout + result.stderr)[-4000:],
+            )
+        return result
+
+    def net_argv(self, argv: Sequence[str]) -> list[str]:
+        """The command that runs this one at the client's place, outside both hosts."""
+        return [*self.network.enter(), *argv]
+
+    def run_in_net(
+        self, argv: Sequence[str], *, check: bool = True, timeout: float = 300
+    ) -> Result:
+        """Run a program at the client's place to its end.
+
+        :raises LabError: the lab is down, or the program failed or took too long
+        """
+        try:
+            done = subprocess.run(
+                self.net_argv(argv),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise LabError(
+                f"The client's program did not end within {timeout:.0f} s: {' '.join(argv)}"
+            ) from None
+        if check and done.returncode != 0:
+            raise LabError(
+                f"The client's program failed with exit status {done.returncode}: "
+                f"{' '.join(argv)}",
+                (done.stdout + done.stderr)[-4000:],
+            )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    # ---- the guest ----
+
+    def guest_start(self, name: str, options: GuestOptions | None = None) -> None:
+        """Create the guest on a host and wait until its service answers.
+
+        :param options: other than those the lab was brought up with
+        :raises LabError: it could not be created, or did not answer
+        """
+        if options is not None:
+            base = find_base(recipe_for(self.options.suite))
+            if base is None:
+                raise LabError(f"The base of {self.options.suite} is gone; `lab build` makes it.")
+            self.write(name, guest_layer(base, options))
+        self.ssh(name, "xl create /root/guest.cfg")
+        try:
+            wait_for_service(self.network)
+        except LabError as error:
+            shown = self.ssh(name, f"xl list; tail -n 30 /var/log/xen/xl-{guests.NAME}*.log")
+            raise LabError(str(error), shown.stdout) from None
+
+    def guest_stop(self, name: str, *, timeout: float = 300) -> None:
+        """Ask the guest on a host to shut down, and wait until it is gone.
+
+        :raises LabError: it is not there, or did not shut down
+        """
+        self.ssh(name, f"xl shutdown -w {guests.NAME}", timeout=timeout)
+
+    # ---- files and the project ----
+
+    def write(self, name: str, layer: dict[str, Any]) -> None:
+        """Write files to a running host.
+
+        :raises LabError: they could not be written
+        """
+        from lablib.project import tar_of
+
+        self.ssh(name, "tar -x -f - -C / --no-same-owner", stdin=tar_of(layer))
+
+    def status(self) -> dict[str, Any]:
+        """What there is and how it is, as JSON values."""
+        try:
+            suite: str | None = self.options.suite
+        except LabError:
+            suite = None
+        is_up = self.network.is_up
+        return {
+            "state": str(self.state),
+            "suite": suite,
+            "up": is_up,
+            "hosts": {
+                name: {
+                    "power": host.is_running,
+                    "pid": host.pid,
+                    "unplugged": self.network.unplugged(name) if is_up else [],
+                }
+                for name, host in self.hosts.items()
+            },
+        }
