@@ -9,10 +9,11 @@
 
 #include "_pages.h"
 
-/* Frame numbers are array('Q'): 8-byte items, so a pointer to them must be aligned to be indexed. */
+/* Frame numbers are array('Q'): 8-byte items, so a pointer to them must be aligned to be indexed.
+ * (That of an empty array is not.) */
 static int is_words(const Py_buffer *view, const char *name)
 {
-    if ((uintptr_t)view->buf % 8 == 0 && view->len % 8 == 0)
+    if (view->len % 8 == 0 && (view->len == 0 || (uintptr_t)view->buf % 8 == 0))
         return 1;
     PyErr_Format(PyExc_ValueError, "%s is not an aligned buffer of 64-bit items", name);
     return 0;
@@ -82,9 +83,171 @@ static PyObject *gather(PyObject *self, PyObject *args)
     return result;
 }
 
+/* active_writable(entries, out) -> count */
+static PyObject *active_writable(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer entries, out;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*w*:active_writable", &entries, &out))
+        return NULL;
+    if (is_words(&out, "out")) {
+        uint64_t room = (uint64_t)out.len / 8;
+        uint64_t found = grants_writable(entries.buf, (uint64_t)entries.len / 8, out.buf, room);
+        if (found > room)
+            PyErr_Format(PyExc_OverflowError, "%llu grants are active, room for %llu",
+                         (unsigned long long)found, (unsigned long long)room);
+        else
+            result = PyLong_FromUnsignedLongLong(found);
+    }
+    PyBuffer_Release(&entries);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+/* subtract(gfns, count, exclude) -> count */
+static PyObject *subtract(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer gfns, exclude;
+    Py_ssize_t count;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "w*ny*:subtract", &gfns, &count, &exclude))
+        return NULL;
+    if (!is_words(&gfns, "gfns") || !is_words(&exclude, "exclude")) {
+        /* the error is set */
+    } else if (count < 0 || count > gfns.len / 8) {
+        PyErr_Format(PyExc_ValueError, "%zd frame numbers asked for, there are %zd", count,
+                     gfns.len / 8);
+    } else {
+        uint64_t many = (uint64_t)exclude.len / 8, kept = 0;
+        int ascending;
+        Py_BEGIN_ALLOW_THREADS
+        ascending = is_ascending(exclude.buf, many);
+        if (ascending)
+            kept = gfns_subtract(gfns.buf, (uint64_t)count, exclude.buf, many);
+        Py_END_ALLOW_THREADS
+        if (ascending)
+            result = PyLong_FromUnsignedLongLong(kept);
+        else
+            PyErr_SetString(PyExc_ValueError, "the frames to exclude do not ascend");
+    }
+    PyBuffer_Release(&gfns);
+    PyBuffer_Release(&exclude);
+    return result;
+}
+
+/* encode_pages(gfns, count, data, reference, have, out) -> (used, unchanged, zero, delta, raw) */
+static PyObject *encode_pages(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer gfns, data, reference, have, out;
+    Py_ssize_t count;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*ny*w*w*w*:encode_pages", &gfns, &count, &data, &reference, &have,
+                          &out))
+        return NULL;
+    if (!is_words(&gfns, "gfns")) {
+        /* the error is set */
+    } else if (count < 0 || count > gfns.len / 8 || count > data.len / (Py_ssize_t)PAGE_BYTES ||
+               count > out.len / (Py_ssize_t)RECORD_MOST) {
+        PyErr_Format(PyExc_ValueError, "%zd pages asked for, %zd frame numbers, %zd pages, room "
+                     "for %zd", count, gfns.len / 8, data.len / (Py_ssize_t)PAGE_BYTES,
+                     out.len / (Py_ssize_t)RECORD_MOST);
+    } else if (reference.len / (Py_ssize_t)PAGE_BYTES != have.len ||
+               (uint64_t)have.len > (uint64_t)1 << GFN_BITS) {
+        PyErr_Format(PyExc_ValueError, "a reference of %zd pages with flags for %zd",
+                     reference.len / (Py_ssize_t)PAGE_BYTES, have.len);
+    } else {
+        uint64_t bad, total = (uint64_t)count;
+        struct figures done;
+        Py_BEGIN_ALLOW_THREADS
+        bad = gfns_check(gfns.buf, total, (uint64_t)have.len);
+        if (bad == total)
+            pages_encode(gfns.buf, total, data.buf, reference.buf, have.buf, out.buf, &done);
+        Py_END_ALLOW_THREADS
+        if (bad == total)
+            result = Py_BuildValue("(KKKKK)", (unsigned long long)done.used,
+                                   (unsigned long long)done.unchanged,
+                                   (unsigned long long)done.zero, (unsigned long long)done.delta,
+                                   (unsigned long long)done.raw);
+        else
+            PyErr_Format(PyExc_IndexError, "frame %llu is outside of the guest's %zd pages",
+                         (unsigned long long)((uint64_t *)gfns.buf)[bad], have.len);
+    }
+    PyBuffer_Release(&gfns);
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&reference);
+    PyBuffer_Release(&have);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyObject *verified(uint64_t count, size_t bad)
+{
+    if (count != UINT64_MAX)
+        return PyLong_FromUnsignedLongLong(count);
+    PyErr_Format(PyExc_ValueError, "the record at byte %zu of a batch breaks the format", bad);
+    return NULL;
+}
+
+/* verify_batch(body, pages) -> count */
+static PyObject *verify_batch(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer body;
+    Py_ssize_t pages;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*n:verify_batch", &body, &pages))
+        return NULL;
+    if (pages < 0) {
+        PyErr_SetString(PyExc_ValueError, "a guest cannot have fewer than 0 pages");
+    } else {
+        uint64_t count;
+        size_t bad = 0;
+        Py_BEGIN_ALLOW_THREADS
+        count = pages_verify(body.buf, (size_t)body.len, (uint64_t)pages, &bad);
+        Py_END_ALLOW_THREADS
+        result = verified(count, bad);
+    }
+    PyBuffer_Release(&body);
+    return result;
+}
+
+/* apply_batch(body, memory) -> count */
+static PyObject *apply_batch(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer body, memory;
+    PyObject *result;
+    uint64_t count;
+    size_t bad = 0;
+
+    if (!PyArg_ParseTuple(args, "y*w*:apply_batch", &body, &memory))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    count = pages_verify(body.buf, (size_t)body.len, (uint64_t)memory.len / PAGE_BYTES, &bad);
+    if (count != UINT64_MAX)
+        pages_apply(body.buf, (size_t)body.len, memory.buf);
+    Py_END_ALLOW_THREADS
+    result = verified(count, bad);
+    PyBuffer_Release(&body);
+    PyBuffer_Release(&memory);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"scan_bitmap", scan_bitmap, METH_VARARGS, NULL},
     {"gather", gather, METH_VARARGS, NULL},
+    {"active_writable", active_writable, METH_VARARGS, NULL},
+    {"subtract", subtract, METH_VARARGS, NULL},
+    {"encode_pages", encode_pages, METH_VARARGS, NULL},
+    {"verify_batch", verify_batch, METH_VARARGS, NULL},
+    {"apply_batch", apply_batch, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

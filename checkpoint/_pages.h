@@ -81,4 +81,324 @@ static void pages_gather(const uint8_t *memory, const uint64_t *gfns, uint64_t c
         memcpy(out + i * PAGE_BYTES, memory + gfns[i] * PAGE_BYTES, PAGE_BYTES);
 }
 
+/* ---- Grant tables ---- */
+
+/* xen/include/public/grant_table.h: grant_entry_v1 is {u16 flags, u16 domid, u32 frame}. */
+#define GRANT_TYPE_MASK 3u
+#define GRANT_PERMIT_ACCESS 1u
+#define GRANT_WRITING (1u << 4)
+
+typedef uint64_t unaligned64 __attribute__((aligned(1), may_alias));
+
+/* Frames that the entries have under an active writable grant, at most room of them.  Returns how
+ * many there are, which may be more than room. */
+static uint64_t grants_writable(const uint8_t *entries, uint64_t count, uint64_t *out, uint64_t room)
+{
+    uint64_t found = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        /* One load for the entry: the guest may change it between two. */
+        uint64_t entry = *(const volatile unaligned64 *)(entries + 8 * i);
+        if ((entry & GRANT_TYPE_MASK) == GRANT_PERMIT_ACCESS && (entry & GRANT_WRITING)) {
+            if (found < room)
+                out[found] = entry >> 32;
+            found++;
+        }
+    }
+    return found;
+}
+
+/* ---- Sorted sets of frame numbers ---- */
+
+/* Whether values ascend strictly. */
+static int is_ascending(const uint64_t *values, uint64_t count)
+{
+    for (uint64_t i = 1; i < count; i++)
+        if (values[i - 1] >= values[i])
+            return 0;
+    return 1;
+}
+
+/* Remove from gfns what exclude, which ascends, holds; keep the order.  Returns the new count.
+ * Walks both in step while gfns ascend, and searches when they do not. */
+static uint64_t gfns_subtract(uint64_t *gfns, uint64_t count, const uint64_t *exclude, uint64_t many)
+{
+    uint64_t kept = 0, at = 0, last = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t gfn = gfns[i];
+        if (gfn < last) {
+            uint64_t high = at;
+            at = 0;
+            while (at < high) {
+                uint64_t middle = at + (high - at) / 2;
+                if (exclude[middle] < gfn)
+                    at = middle + 1;
+                else
+                    high = middle;
+            }
+        } else {
+            while (at < many && exclude[at] < gfn)
+                at++;
+        }
+        last = gfn;
+        if (at == many || exclude[at] != gfn)
+            gfns[kept++] = gfn;
+    }
+    return kept;
+}
+
+/* ---- The batch body ---- */
+
+#define PAGE_WORDS 512u
+#define LINES 64u      /* 64-byte lines of a page */
+#define GROUPS 8u      /* groups of 64 words of a page: one bit each in a head's mask */
+#define RECORD_MOST (8u + PAGE_BYTES)
+
+#define KIND_ZERO 0u
+#define KIND_RAW 1u
+#define KIND_DELTA 2u
+
+#define GFN_BITS 40
+#define MASK_SHIFT 40
+#define WORDS_SHIFT 48
+#define KIND_SHIFT 60
+
+/* More changed words than this and the page goes raw: the XOR of two different contents compresses
+ * worse than the new content does. */
+#define DELTA_MOST 256u
+
+/* What the reference knows of a page. */
+#define REF_NONE 0u   /* nothing was sent yet */
+#define REF_SAME 1u   /* the reference is what the standby has */
+#define REF_WHOLE 2u  /* never a delta: somebody else may write the page on the standby */
+
+struct figures {
+    uint64_t used, unchanged, zero, delta, raw;
+};
+
+static inline uint64_t record_head(uint64_t gfn, uint64_t mask, uint64_t words, uint64_t kind)
+{
+    return gfn | mask << MASK_SHIFT | words << WORDS_SHIFT | kind << KIND_SHIFT;
+}
+
+static inline void store64(void *to, uint64_t value)
+{
+    memcpy(to, &value, sizeof value);
+}
+
+/* The loops that the compiler is asked to vectorise, once plainly and once for AVX2; the choice is
+ * made when the module is loaded.  Sanitizers do not bear the resolver that this needs. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(PAGES_PLAIN)
+#define VECTORISED __attribute__((target_clones("avx2", "default"), noinline))
+#else
+#define VECTORISED
+#endif
+
+/* A bit for each 64-byte line in which the pages differ. */
+VECTORISED
+static uint64_t lines_changed(const uint8_t *page, const uint8_t *reference)
+{
+    uint64_t lines = 0;
+    for (unsigned line = 0; line < LINES; line++) {
+        uint64_t difference = 0;
+        for (unsigned word = 0; word < 8; word++)
+            difference |= load64(page + line * 64 + word * 8) ^
+                          load64(reference + line * 64 + word * 8);
+        lines |= (uint64_t)(difference != 0) << line;
+    }
+    return lines;
+}
+
+/* Whether the page is all zero; looks no further than the first 512 bytes that are not. */
+VECTORISED
+static int page_is_zero(const uint8_t *page)
+{
+    for (unsigned group = 0; group < GROUPS; group++) {
+        uint64_t seen = 0;
+        for (unsigned word = 0; word < 64; word++)
+            seen |= load64(page + group * 512 + word * 8);
+        if (seen)
+            return 0;
+    }
+    return 1;
+}
+
+/* The XORs of the words that differ within the given lines, to words; maps[g] gets a bit for each
+ * word of group g.  Returns how many words. */
+static unsigned page_xor(const uint8_t *page, const uint8_t *reference, uint64_t lines,
+                         uint64_t maps[GROUPS], uint64_t words[PAGE_WORDS])
+{
+    unsigned used = 0;
+    memset(maps, 0, GROUPS * sizeof maps[0]);
+    while (lines) {
+        unsigned line = (unsigned)__builtin_ctzll(lines);
+        uint64_t bits = 0;
+        lines &= lines - 1;
+        for (unsigned word = 0; word < 8; word++) {
+            size_t at = line * 64 + word * 8;
+            uint64_t difference = load64(page + at) ^ load64(reference + at);
+            /* without a branch: the slot is taken only when the word differs */
+            words[used] = difference;
+            used += difference != 0;
+            bits |= (uint64_t)(difference != 0) << word;
+        }
+        maps[line / 8] |= bits << (line % 8 * 8);
+    }
+    return used;
+}
+
+/* XOR listed words into a page. */
+static void page_patch(uint8_t *page, unsigned mask, const uint8_t *maps, const uint8_t *words)
+{
+    while (mask) {
+        unsigned group = (unsigned)__builtin_ctz(mask);
+        uint64_t map = load64(maps);
+        mask &= mask - 1;
+        maps += 8;
+        while (map) {
+            uint8_t *at = page + group * 512 + (unsigned)__builtin_ctzll(map) * 8;
+            store64(at, load64(at) ^ load64(words));
+            words += 8;
+            map &= map - 1;
+        }
+    }
+}
+
+/* Encode one page; the reference then holds what the standby will hold.  Returns the bytes written,
+ * at most RECORD_MOST; 0 when the page need not be sent.
+ *
+ * What goes out is taken from the reference after it was brought up to date, or computed once: even
+ * if the page changed meanwhile, both stay the same. */
+static size_t page_encode(uint64_t gfn, const uint8_t *page, uint8_t *reference, uint8_t *have,
+                          uint8_t *out, struct figures *figures)
+{
+    uint64_t lines = *have == REF_SAME ? lines_changed(page, reference) : ~(uint64_t)0;
+    if (!lines) {
+        figures->unchanged++;
+        return 0;
+    }
+    if (page_is_zero(page)) {
+        memset(reference, 0, PAGE_BYTES);
+        if (*have == REF_NONE)
+            *have = REF_SAME;
+        store64(out, record_head(gfn, 0, 0, KIND_ZERO));
+        figures->zero++;
+        return 8;
+    }
+    if (*have == REF_SAME) {
+        uint64_t maps[GROUPS], words[PAGE_WORDS];
+        unsigned changed = page_xor(page, reference, lines, maps, words);
+        if (changed == 0) {
+            /* only if the page was changed back between the two looks at it */
+            figures->unchanged++;
+            return 0;
+        }
+        if (changed <= DELTA_MOST) {
+            unsigned mask = 0, groups = 0;
+            for (unsigned group = 0; group < GROUPS; group++) {
+                if (maps[group]) {
+                    mask |= 1u << group;
+                    store64(out + 8 + 8 * groups++, maps[group]);
+                }
+            }
+            memcpy(out + 8 + 8 * groups, words, changed * 8);
+            store64(out, record_head(gfn, mask, groups + changed, KIND_DELTA));
+            page_patch(reference, mask, out + 8, out + 8 + 8 * groups);
+            figures->delta++;
+            return 8 + 8 * (size_t)(groups + changed);
+        }
+    }
+    memcpy(reference, page, PAGE_BYTES);
+    memcpy(out + 8, reference, PAGE_BYTES);
+    if (*have == REF_NONE)
+        *have = REF_SAME;
+    store64(out, record_head(gfn, 0, PAGE_WORDS, KIND_RAW));
+    figures->raw++;
+    return RECORD_MOST;
+}
+
+/* Encode count pages.  The caller has checked the frame numbers, and out has room for count times
+ * RECORD_MOST. */
+static void pages_encode(const uint64_t *gfns, uint64_t count, const uint8_t *data,
+                         uint8_t *reference, uint8_t *have, uint8_t *out, struct figures *figures)
+{
+    memset(figures, 0, sizeof *figures);
+    for (uint64_t i = 0; i < count; i++)
+        figures->used +=
+            page_encode(gfns[i], data + i * PAGE_BYTES, reference + gfns[i] * PAGE_BYTES,
+                        have + gfns[i], out + figures->used, figures);
+}
+
+/* Bytes of the record at the beginning of body, or 0 when it breaks the format. */
+static size_t record_check(const uint8_t *body, size_t length, uint64_t pages)
+{
+    if (length < 8)
+        return 0;
+    uint64_t head = load64(body);
+    uint64_t gfn = head & (((uint64_t)1 << GFN_BITS) - 1);
+    unsigned mask = (unsigned)(head >> MASK_SHIFT) & 0xffu;
+    unsigned words = (unsigned)(head >> WORDS_SHIFT) & 0xfffu;
+    unsigned kind = (unsigned)(head >> KIND_SHIFT);
+    unsigned expected;
+
+    if (gfn >= pages || words > PAGE_WORDS + GROUPS || length - 8 < (size_t)words * 8)
+        return 0;
+    if (kind == KIND_ZERO) {
+        expected = 0;
+    } else if (kind == KIND_RAW) {
+        expected = PAGE_WORDS;
+    } else if (kind == KIND_DELTA) {
+        expected = (unsigned)__builtin_popcount(mask);
+        if (!mask || expected > words)
+            return 0;
+        for (unsigned i = 0, groups = expected; i < groups; i++) {
+            uint64_t map = load64(body + 8 + 8 * i);
+            if (!map)
+                return 0;
+            expected += (unsigned)__builtin_popcountll(map);
+        }
+    } else {
+        return 0;
+    }
+    if (words != expected || (kind != KIND_DELTA && mask))
+        return 0;
+    return 8 + (size_t)words * 8;
+}
+
+/* Number of records that fill body exactly; UINT64_MAX when a byte of it breaks the format, its
+ * record's offset then in *bad. */
+static uint64_t pages_verify(const uint8_t *body, size_t length, uint64_t pages, size_t *bad)
+{
+    uint64_t count = 0;
+    size_t at = 0;
+    while (at < length) {
+        size_t record = record_check(body + at, length - at, pages);
+        if (!record) {
+            *bad = at;
+            return UINT64_MAX;
+        }
+        at += record;
+        count++;
+    }
+    return count;
+}
+
+/* Apply a body that pages_verify accepted for as many pages as memory has. */
+static void pages_apply(const uint8_t *body, size_t length, uint8_t *memory)
+{
+    for (size_t at = 0; at < length;) {
+        uint64_t head = load64(body + at);
+        uint8_t *page = memory + (head & (((uint64_t)1 << GFN_BITS) - 1)) * PAGE_BYTES;
+        unsigned mask = (unsigned)(head >> MASK_SHIFT) & 0xffu;
+        unsigned kind = (unsigned)(head >> KIND_SHIFT);
+        at += 8;
+        if (kind == KIND_ZERO)
+            memset(page, 0, PAGE_BYTES);
+        else if (kind == KIND_RAW)
+            memcpy(page, body + at, PAGE_BYTES);
+        else
+            page_patch(page, mask, body + at, body + at + 8 * (unsigned)__builtin_popcount(mask));
+        at += 8 * (size_t)((head >> WORDS_SHIFT) & 0xfffu);
+    }
+}
+
 #endif

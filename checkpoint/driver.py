@@ -62,7 +62,7 @@ class Staging:
 
     :ivar capacity: pages it can hold
     :ivar count: pages it holds
-    :ivar gfns: guest frame numbers, ``array('Q')`` of ``capacity`` entries, the first ``count`` valid
+    :ivar gfns: guest frame numbers, ``array('Q')`` of ``capacity`` entries, ``count`` of them valid
     :ivar data: writable buffer of ``capacity * PAGE_SIZE`` bytes
     :ivar state: the machine state captured with the pages (vCPUs, devices); empty for live copies
     """
@@ -191,7 +191,7 @@ class Hypervisor(Protocol):
         """(number, name) of every domain on this host but Dom0."""
 
     def destroy_shell(self, name: str) -> bool:
-        """Remove a shell of guest ``name`` that a killed daemon left behind; True if there was one."""
+        """Remove a shell of guest ``name`` that a killed daemon left behind; True if it was."""
 
     def domain_exists(self, name: str) -> bool:
         """Whether a domain of exactly that name lives on this host."""
