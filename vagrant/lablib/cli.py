@@ -71,12 +71,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("host", choices=HOSTS, metavar="HOST", help=" or ".join(HOSTS))
         return sub
 
-    command("build", "build the hosts' disk, as far as it is not in the cache")
+    build = command("build", "build the hosts' disk, as far as it is not in the cache")
+    _add_guest_options(build)
     up = command("up", "bring both hosts up, from fresh disks")
     machine = Machine()
+    up.add_argument(
+        "--no-project", action="store_true", help="leave the project under test out of the hosts"
+    )
     up.add_argument("--host-cpus", type=int, default=machine.cpus, help="(%(default)s)")
     up.add_argument("--host-memory", type=int, default=machine.memory_mib, help="MiB (%(default)s)")
     _add_guest_options(up)
+    command("install", "put the project as it is now onto the running hosts")
     command("down", "take everything down; logs stay")
     status = command("status", "show what runs")
     status.add_argument("--json", action="store_true")
@@ -137,10 +142,13 @@ def _run(args: argparse.Namespace) -> int:
     suite: str = getattr(args, "suite", DEFAULT_SUITE)
     match args.command:
         case "build":
-            print(lab.build(suite).folder)
+            lab.build(Options(suite, guest=_guest_options(args, GuestOptions())))
         case "up":
             machine = Machine(memory_mib=args.host_memory, cpus=args.host_cpus)
-            lab.up(Options(suite, machine, _guest_options(args, GuestOptions())))
+            guest = _guest_options(args, GuestOptions())
+            lab.up(Options(suite, machine, guest, project=not args.no_project))
+        case "install":
+            lab.install()
         case "down":
             lab.down()
         case "status":

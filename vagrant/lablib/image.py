@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import re
 import shutil
 import stat
+import tarfile
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ HERE = Path(__file__).resolve().parent.parent
 class LayerFile:
     """A file to be put above the base.
 
-    :ivar data: its content; for a symbolic link the target
+    :ivar data: its content
     :ivar mode: type and permissions as in ``st_mode``
     """
 
@@ -228,21 +230,27 @@ def _disk(recipe: Recipe, root: Path, disk: Path) -> None:
     run([*rooted(["rm"]), "-rf", root])
 
 
+# Path in the host to file of the lab, and whether it is a program.
+HOST_FILES = {
+    "usr/lib/kemari-lab/init": ("init", True),
+    "usr/lib/kemari-lab/kemarid-up": ("kemarid-up", True),
+    "usr/lib/kemari-lab/kemari.toml": ("kemari.toml", False),
+    # /etc/service is a link to .../default.
+    "etc/runit/runsvdir/default/kemarid/run": ("kemarid-run", True),
+    "etc/runit/runsvdir/default/kemarid/finish": ("kemarid-finish", True),
+    "etc/hosts": ("hosts", False),
+    "etc/ssh/sshd_config.d/lab.conf": ("sshd.conf", False),
+    "etc/ssh/ssh_config.d/lab.conf": ("ssh_config", False),
+}
+
+
 def host_layer() -> dict[str, LayerFile]:
     """The lab's own files of a host: its first program and how its services are set up."""
-    files = {
-        "usr/lib/kemari-lab/init": executable((HERE / "host" / "init").read_bytes()),
-        "usr/lib/kemari-lab/kemarid-up": executable((HERE / "host" / "kemarid-up").read_bytes()),
-        "usr/lib/kemari-lab/kemari.toml": LayerFile((HERE / "host" / "kemari.toml").read_bytes()),
-        # /etc/service is a link to this folder.
-        "etc/runit/runsvdir/default/kemarid/run": executable(
-            (HERE / "host" / "kemarid-run").read_bytes()
-        ),
-        "etc/hosts": LayerFile((HERE / "host" / "hosts").read_bytes()),
-        "etc/ssh/sshd_config.d/lab.conf": LayerFile((HERE / "host" / "sshd.conf").read_bytes()),
-        "etc/ssh/ssh_config.d/lab.conf": LayerFile((HERE / "host" / "ssh_config").read_bytes()),
+    return {
+        path: executable(data) if is_program else LayerFile(data)
+        for path, (name, is_program) in HOST_FILES.items()
+        for data in [(HERE / "host" / name).read_bytes()]
     }
-    return files
 
 
 def write_disk(base: Base, layer: Layer, disk: Path) -> None:
@@ -267,11 +275,8 @@ def write_disk(base: Base, layer: Layer, disk: Path) -> None:
             source = Path(work) / str(number)
             source.write_bytes(entry.data)
             script.append(f'rm "/{path}"')
-            if stat.S_ISLNK(entry.mode):
-                script.append(f'symlink "/{path}" "{entry.data.decode()}"')
-            else:
-                script.append(f'write "{source}" "/{path}"')
-                script.append(f'set_inode_field "/{path}" mode 0{entry.mode:o}')
+            script.append(f'write "{source}" "/{path}"')
+            script.append(f'set_inode_field "/{path}" mode 0{entry.mode:o}')
         _debugfs(new, script)
         _verify(new, layer)
     new.replace(disk)
@@ -284,7 +289,7 @@ def _debugfs(disk: Path, script: list[str]) -> str:
 
 
 def _verify(disk: Path, layer: Layer) -> None:
-    wanted = [path for path, entry in layer.items() if stat.S_ISREG(entry.mode)]
+    wanted = list(layer)
     # debugfs repeats each command before its answer.
     asked = "".join(f'stat "/{path}"\n' for path in wanted)
     answers = run(["debugfs", "-f", "-", disk], stdin=asked).split("debugfs: stat ")[1:]
@@ -292,6 +297,18 @@ def _verify(disk: Path, layer: Layer) -> None:
         size = re.search(r"Size: (\d+)$", answer, re.MULTILINE)
         if size is None or int(size.group(1)) != len(layer[path].data):
             raise LabError(f"/{path} could not be written into {disk.name}.", answer)
+
+
+def tar_of(layer: Layer) -> bytes:
+    """The layer's files as a tar archive; everything belongs to root."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for path, entry in sorted(layer.items()):
+            info = tarfile.TarInfo(path)
+            info.mode = stat.S_IMODE(entry.mode)
+            info.size = len(entry.data)
+            tar.addfile(info, io.BytesIO(entry.data))
+    return out.getvalue()
 
 
 def guest_initramfs(busybox: bytes, modules: list[Entry], demo: bytes) -> bytes:

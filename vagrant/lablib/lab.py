@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,41 @@ from lablib.command import check_programs, say, step
 from lablib.errors import LabError
 from lablib.guest import GuestOptions, guest_layer, wait_for_service
 from lablib.host import Host, Machine
-from lablib.image import Base, build_base, find_base, host_layer, layer_digest, write_disk
+from lablib.image import (
+    Base,
+    Layer,
+    LayerFile,
+    build_base,
+    find_base,
+    host_layer,
+    layer_digest,
+    tar_of,
+    write_disk,
+)
 from lablib.network import HOSTS, LINKS, Network
 from lablib.project import project_layer
-from lablib.recipe import NEEDED, Recipe, recipe_for
+from lablib.recipe import NEEDED, recipe_for
 from lablib.ssh import Result, Ssh
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DEFAULT_SUITE = "bookworm"
+LISTING = "usr/lib/kemari-lab/files"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What can be chosen when a lab is brought up."""
+    """What can be chosen when a lab is brought up.
+
+    :ivar suite: Debian's release in Dom0
+    :ivar machine: what the hosts are like
+    :ivar guest: what the guest is like
+    :ivar project: whether the project under test is installed in the hosts
+    """
 
     suite: str = DEFAULT_SUITE
     machine: Machine = field(default_factory=Machine)
     guest: GuestOptions = field(default_factory=GuestOptions)
+    project: bool = True
 
     def to_json(self) -> str:
         """Text that :meth:`from_json` reads."""
@@ -49,6 +67,7 @@ class Options:
             read["suite"],
             Machine(**read["machine"]),
             GuestOptions(**read["guest"], kernel=Path(kernel) if kernel else None),
+            read["project"],
         )
 
 
@@ -99,23 +118,31 @@ class Lab:
 
     # ---- building ----
 
-    def build(self, suite: str = DEFAULT_SUITE) -> Base:
+    def build(self, options: Options) -> Base:
         """Build the base of a suite and this lab's disk, as far as they are not there already.
+
+        While the lab is up its disk stays as it is; `install` changes what is on the hosts.
 
         :raises LabError: something needed is missing or failed
         """
         check_programs(list(NEEDED))
         with self._lock():
-            return self._build(Options(suite))[0]
+            base = build_base(recipe_for(options.suite))
+            layer = self._layer(base, options)
+            if not self.network.is_up:
+                self._write_disk(base, layer)
+        return base
 
-    def _build(self, options: Options) -> tuple[Base, Recipe]:
-        recipe = recipe_for(options.suite)
-        base = build_base(recipe)
-        layer = {
-            **host_layer(),
-            **guest_layer(base, options.guest),
-            **project_layer(REPOSITORY, recipe, self.state),
-        }
+    def _layer(self, base: Base, options: Options) -> dict[str, LayerFile]:
+        """Everything above the base, and a list of it."""
+        layer = {**host_layer(), **guest_layer(base, options.guest)}
+        if options.project:
+            layer.update(project_layer(REPOSITORY, base.recipe, self.state))
+        listing = "".join(f"{path}\n" for path in sorted(layer))
+        layer[LISTING] = LayerFile(listing.encode())
+        return layer
+
+    def _write_disk(self, base: Base, layer: Layer) -> None:
         digest = f"{base.folder.name} {layer_digest(layer)}"
         noted = self.state / "dom0.digest"
         disk = self.state / "dom0.img"
@@ -124,7 +151,6 @@ class Lab:
                 noted.unlink(missing_ok=True)
                 write_disk(base, layer, disk)
                 noted.write_text(digest)
-        return base, recipe
 
     # ---- up and down ----
 
@@ -144,7 +170,8 @@ class Lab:
                     )
             else:
                 self._down()
-                base, _ = self._build(options)
+                base = build_base(recipe_for(options.suite))
+                self._write_disk(base, self._layer(base, options))
                 self._options_file.write_text(options.to_json())
                 link = self.state / "base"
                 link.unlink(missing_ok=True)
@@ -276,8 +303,7 @@ class Lab:
             ) from None
         if check and done.returncode != 0:
             raise LabError(
-                f"The client's program failed with exit status {done.returncode}: "
-                f"{' '.join(argv)}",
+                f"The client's program failed with exit status {done.returncode}: {' '.join(argv)}",
                 (done.stdout + done.stderr)[-4000:],
             )
         return Result(done.returncode, done.stdout, done.stderr)
@@ -291,10 +317,7 @@ class Lab:
         :raises LabError: it could not be created, or did not answer
         """
         if options is not None:
-            base = find_base(recipe_for(self.options.suite))
-            if base is None:
-                raise LabError(f"The base of {self.options.suite} is gone; `lab build` makes it.")
-            self.write(name, guest_layer(base, options))
+            self.write(name, guest_layer(self._base(), options))
         self.ssh(name, "xl create /root/guest.cfg")
         try:
             wait_for_service(self.network)
@@ -311,14 +334,39 @@ class Lab:
 
     # ---- files and the project ----
 
-    def write(self, name: str, layer: dict[str, Any]) -> None:
-        """Write files to a running host.
+    def write(self, name: str, layer: Layer) -> None:
+        """Write files to a running host, so that they are there after a power cut, too.
 
         :raises LabError: they could not be written
         """
-        from lablib.project import tar_of
+        self.ssh(name, "tar -x -f - -C / --no-same-owner && sync", stdin=tar_of(layer))
 
-        self.ssh(name, "tar -x -f - -C / --no-same-owner", stdin=tar_of(layer))
+    def install(self) -> None:
+        """Put the project as it is now onto the running hosts, and restart kemarid there.
+
+        :raises LabError: no host runs, the project cannot be built or a host did not take it
+        """
+        with self._lock():
+            names = [name for name in HOSTS if self.hosts[name].is_running]
+            if not names:
+                raise LabError("No host has power; `lab up` installs the project by itself.")
+            options = replace(self.options, project=True)
+            layer = self._layer(self._base(), options)
+
+            def to_host(name: str) -> None:
+                self.ssh(name, f"cd / && xargs -r rm -f -- < {LISTING}")
+                self.write(name, layer)
+                self.ssh(name, "/usr/lib/kemari-lab/kemarid-up")
+
+            with ThreadPoolExecutor() as pool:
+                for waiting in [pool.submit(to_host, name) for name in names]:
+                    waiting.result()
+
+    def _base(self) -> Base:
+        base = find_base(recipe_for(self.options.suite))
+        if base is None:
+            raise LabError(f"The base of {self.options.suite} is gone; `lab build` makes it.")
+        return base
 
     def status(self) -> dict[str, Any]:
         """What there is and how it is, as JSON values."""

@@ -88,7 +88,7 @@ class Network:
         # The holder says "ready" from inside and then does nothing for ever; it is in no way tied
         # to the command that started it.
         holder = subprocess.Popen(
-            [*"unshare --user --map-root-user --net -- sh -c".split(), HOLD],
+            [*["unshare", "--user", "--map-root-user", "--net", "--", "sh", "-c"], HOLD],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=(self._folder / "network.log").open("w"),

@@ -1,28 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project under test, in the form in which an administrator installs it."""
+"""The project under test, built to a wheel once for each state of the repository."""
 
 from __future__ import annotations
 
-import io
-import stat
-import tarfile
+import hashlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator
 from pathlib import Path
 
-from lablib.image import Layer, LayerFile
+from lablib.command import run, step
+from lablib.errors import LabError
+from lablib.image import LayerFile
 from lablib.recipe import Recipe
+from lablib.wheel import lay_out
+
+# What the wheel is made of.  It is built from a copy, so that neither what an earlier build left
+# in the repository gets into it nor anything is left there.
+SOURCES = (
+    "pyproject.toml",
+    "setup.cfg",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "kemari",
+    "checkpoint",
+    "netbuffer",
+    "dom0-tools",
+)
+GENERATED = (".pyc", ".so")
 
 
-def tar_of(layer: Layer) -> bytes:
-    """The layer's files as a tar archive; everything belongs to root."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for path, entry in sorted(layer.items()):
-            info = tarfile.TarInfo(path)
-            info.mode = stat.S_IMODE(entry.mode)
-            info.size = len(entry.data)
-            tar.addfile(info, io.BytesIO(entry.data))
-    return out.getvalue()
+def _sources(repository: Path) -> Iterator[Path]:
+    for name in SOURCES:
+        place = repository / name
+        found = sorted(place.rglob("*")) if place.is_dir() else [place]
+        for path in found:
+            if path.is_file() and path.suffix not in GENERATED:
+                yield path
+
+
+def source_digest(repository: Path) -> str:
+    """Names the state of the project's files; 16 hexadecimal digits."""
+    whole = hashlib.sha256(sys.version.encode())
+    for path in _sources(repository):
+        data = path.read_bytes()
+        whole.update(f"{path.relative_to(repository)}\0{len(data)}\0".encode())
+        whole.update(data)
+    return whole.hexdigest()[:16]
+
+
+def build_wheel(repository: Path, folder: Path) -> Path:
+    """Build the project's wheel, or take the one that was built from the same files.
+
+    :param folder: where wheels are kept; one made from other files is removed
+    :raises LabError: it could not be built
+    """
+    place = folder / source_digest(repository)
+    if not place.is_dir():
+        with step("building the project's wheel"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            with tempfile.TemporaryDirectory(prefix="kemari-wheel-") as work:
+                copy = Path(work) / "source"
+                for path in _sources(repository):
+                    target = copy / path.relative_to(repository)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
+                out = Path(work) / "out"
+                python, options = _builder(folder)
+                pip = [python, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+                run([*pip, *options, "--wheel-dir", out, copy])
+                shutil.copytree(out, folder / "new")
+            (folder / "new").rename(place)
+    wheels = list(place.glob("*.whl"))
+    if len(wheels) != 1:
+        raise LabError(f"Building the project made {len(wheels)} wheels; expected one.")
+    return wheels[0]
+
+
+def _builder(folder: Path) -> tuple[str, list[str]]:
+    """An interpreter that has pip, and what pip must be told there."""
+    have = {n for n in ("pip", "setuptools", "wheel") if importlib.util.find_spec(n)}
+    if len(have) == 3:
+        return sys.executable, ["--no-build-isolation"]
+    if "pip" in have:
+        return sys.executable, []
+    try:
+        venv.create(folder / "venv", with_pip=True)
+    except Exception as error:
+        raise LabError(
+            "Building the project's wheel needs pip: apt-get install python3-pip python3-venv"
+        ) from error
+    return str(folder / "venv" / "bin" / "python"), []
 
 
 def project_layer(repository: Path, recipe: Recipe, state: Path) -> dict[str, LayerFile]:
-    return {}
+    """The project's files in a host of this suite.
+
+    :param state: the lab's state folder, where the wheel is kept
+    :raises LabError: the wheel could not be built, or does not fit the suite
+    """
+    return lay_out(build_wheel(repository, state / "wheel"), recipe)

@@ -107,9 +107,7 @@ class Ssh:
             subprocess.run(argv, cwd=self._state, capture_output=True, timeout=60, check=False)
             control.unlink(missing_ok=True)
 
-    def run(
-        self, host: str, command: str, *, timeout: float = 300, stdin: bytes = b""
-    ) -> Result:
+    def run(self, host: str, command: str, *, timeout: float = 300, stdin: bytes = b"") -> Result:
         """Run a shell command on a host to its end.
 
         :raises LabError: it took longer than ``timeout`` seconds
