@@ -45,9 +45,10 @@ class Btf:
         self._data = data
         if len(data) < _HEADER.size:
             raise _broken("is cut short")
-        magic, version, _, header, type_at, type_size, text_at, text_size = _HEADER.unpack_from(data)
+        magic, version, _, header, *sections = _HEADER.unpack_from(data)
+        type_at, type_size, text_at, text_size = sections
         if magic != _MAGIC or version != 1:
-            raise _broken(f"begins with {magic:#x} version {version}, expected {_MAGIC:#x} version 1")
+            raise _broken(f"begins with {magic:#x}, version {version}; expected {_MAGIC:#x}, 1")
         self._types = header + type_at
         self._types_end = self._types + type_size
         text = header + text_at

@@ -31,6 +31,7 @@ from __future__ import annotations
 import re
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -107,6 +108,9 @@ class _Addresses:
     offsets: array[int]
     base: int
     absolute_percpu: bool
+
+    def __len__(self) -> int:
+        return len(self.offsets)
 
     def __getitem__(self, index: int) -> int:
         offset = self.offsets[index]
@@ -216,6 +220,14 @@ class Symbols:
             count = "no" if not found else f"{len(found)} different"
             raise UnsupportedGuest(f"the guest's kernel has {count} symbol '{name}'; expected one")
         return found[0]
+
+    def after(self, address: int) -> int:
+        """The lowest address of a symbol above ``address``; that itself if there is none.
+
+        For a function's address this is where it ends, padding included.
+        """
+        index = bisect_right(self._addresses, address)
+        return self._addresses[index] if index < len(self._addresses) else address
 
     def _bisect(self, name: bytes, order: bytes) -> list[int]:
         low, high = 0, self._names.count

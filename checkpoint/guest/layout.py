@@ -218,4 +218,5 @@ def _row(hints: tuple[Any, ...], untrusted_value: object, where: str) -> tuple[o
         return tuple(_value(hints[0], item, where) for item in untrusted_value)
     if len(untrusted_value) != len(hints):
         raise ProtocolError(f"the {where} does not have {len(hints)} items")
-    return tuple(_value(hint, item, where) for hint, item in zip(hints, untrusted_value, strict=True))
+    pairs = zip(hints, untrusted_value, strict=True)
+    return tuple(_value(hint, item, where) for hint, item in pairs)
