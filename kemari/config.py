@@ -203,7 +203,7 @@ class _Table:
         found: Mapping[str, Any] | None = self.take(key, dict, None)
         return found
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._rest)
 
     def end(self) -> None:
@@ -265,7 +265,7 @@ def _peers(untrusted: Mapping[str, Any] | None) -> dict[str, tuple[Address, ...]
         return {}
     table = _Table(untrusted, "peers")
     peers = {}
-    for name in table.keys():
+    for name in table.names():
         peers[name] = table.addresses(name, ())
         if not _NAME.match(name) or not peers[name]:
             raise ConfigError(f"peers.{name} is empty; expected a host name and its addresses")

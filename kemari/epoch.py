@@ -4,13 +4,14 @@
 Each public method of :class:`Primary` and :class:`Standby` is an event; it returns the actions that
 the caller must carry out, in order.  The invariants, checked after every event:
 
-1. Output of epoch *n* leaves the primary only after ack(*n*): ``released <= acked``, and one epoch at
-   most is in flight: ``acked <= sent <= captured <= acked + 1``.
-2. ack(*n*) is sent only when the standby holds all of epoch *n*, verified: ``acked == complete``.
-3. The standby runs only its last complete epoch, applied whole: a revival is of ``complete``, and
-   ``applied == complete`` by then.
-4. Two copies never both have visible output.  The primary lets output pass only with the standby's
-   promise to stand down, or where a policy or an administrator decided without one
+1. Output of epoch *n* leaves the primary only after ack(*n*): ``released <= acked``, and one epoch
+   at most is in flight: ``acked <= sent <= captured <= acked + 1``.
+2. ack(*n*) is sent only when the standby holds all of epoch *n*, verified:
+   ``acked == complete``.
+3. The standby runs only its last complete epoch, applied whole: a revival is of ``complete``,
+   and ``applied == complete`` by then.
+4. Two copies never both have visible output.  The primary lets output pass only with the
+   standby's promise to stand down, or where a policy or an administrator decided without one
    (``let_go`` says which); the standby's promise and its takeover exclude each other for ever.
 5. Losing the standby, the link or the daemon never harms the running guest: apart from the moment of
    a capture, which the driver ends itself, the guest is paused only while its output buffer is full
@@ -359,7 +360,7 @@ class Primary:
 
     @_event
     def sent_epoch(self, epoch: int) -> Actions:
-        """Epoch ``epoch`` is out of our hands, its COMMIT included."""
+        """Epoch ``epoch`` is on its way: from here on the standby may hold it whole."""
         if epoch != self.captured or epoch != self.sent + 1:
             raise EpochError("sent", self.state, f"epoch {epoch}, expected {self.captured}")
         self.sent = epoch

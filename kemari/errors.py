@@ -11,8 +11,8 @@
     │   └── PeerUnreachable    no answer from the other host
     └── DaemonUnreachable      kemarid does not answer on its control socket
 
-Each class has the exit status that the command line ends with (see ``docs/cli.md``).  Messages state
-the fact and what was expected, in one sentence: no commands, no blame, no second person.
+Each class has the exit status that the command line ends with (see ``docs/cli.md``).  Messages
+state the fact and what was expected, in one sentence: no commands, no blame, no second person.
 """
 
 from __future__ import annotations

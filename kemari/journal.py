@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The event log: every decision as a sentence, in a bounded file of JSON lines.
 
-One line is ``{"time": seconds since 1970, "host": ..., "guest": ..., "event": ..., "text": ...}``
-and whatever figures belong to it.  When the file has grown to its limit it becomes ``….1`` and a new
+One line is ``{"time": seconds since 1970, "host": …, "guest": …, "event": …, "text": …}`` and
+whatever figures belong to it.  When the file has grown to its limit it becomes ``….1`` and a new
 one is begun, so at most twice the limit is kept.
 """
 

@@ -3,8 +3,8 @@
 
 Each protection has a *generation*.  ``start`` takes the generation after the highest that either
 host knows; a takeover takes the next one.  The record is on disk before the act that it allows: a
-primary's before its first checkpoint, a standby's claim before the guest runs there.  So a host that
-comes back from a power cut finds in its own ledger what it must not run without asking.
+primary's before its first checkpoint, a standby's claim before the guest runs there.  So a host
+that comes back from a power cut finds in its own ledger what it must not run without asking.
 
 Records are replaced atomically: written to a new file, fsync, rename, fsync of the folder.
 """

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the other host lives, judged from several paths.  The core has no I/O and no clock.
 
-A *path* is one connection to the other host: the replication link, and one small connection for each
-further address of it.  *Evidence of life* is anything that only a living kernel over there can have
-sent: bytes, an end of stream, a reset, a refused connection.  So a daemon that dies is not mistaken
-for a host that dies: its kernel closes its connections.
+A *path* is one connection to the other host: the replication link, and one small connection for
+each further address of it.  *Evidence of life* is anything that only a living kernel over there
+can have sent: bytes, an end of stream, a reset, a refused connection.  So a daemon that dies is not
+mistaken for a host that dies: its kernel closes its connections.
 
 The verdicts:
 
 - ``DEAD``: no evidence on any path for the time-out.
-- ``LINK_DEAD``: the replication link has been silent for the time-out, and *after that* another path
-  still brought evidence.  The order matters: in a power cut the paths fall silent within one beat of
-  each other, and the one that fell silent last must not pass for a living host.
+- ``LINK_DEAD``: the replication link has been silent for the time-out, and *after that* another
+  path still brought evidence.  The order matters: in a power cut the paths fall silent within one
+  beat of each other, and the one that fell silent last must not pass for a living host.
 - ``ALIVE``: otherwise.
 
-A process that was itself stopped or busy hears nothing either.  ``tick`` is called at a steady pace;
-when it comes late, the lateness is not counted as the other host's silence.
+A process that was itself stopped or busy hears nothing either.  ``tick`` is called at a steady
+pace; when it comes late, the lateness is not counted as the other host's silence.
 """
 
 from __future__ import annotations

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hypervisor in plain memory, for tests only.
+
+It runs one kind of guest: a service that answers numbered requests and whose whole life is in its
+pages, so that a test can tell from any answer whether a request was lost, repeated or reordered.
+The machine state carries a second copy of the service's counter: a shell revived with pages of one
+epoch and state of another refuses to run.
+
+Named points (:attr:`MemoryHypervisor.reached`) let a test fail or cut power at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+import time
+import uuid as uuids
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
+
+from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
+from checkpoint.errors import CheckpointError, NotQuiescent, ReviveError, UnsupportedGuest
+
+#: What the service keeps at the start of page 0: answers given, digest of all requests in order.
+_HEAD = struct.Struct("<Q16s")
+_ANSWER = struct.Struct("<QQ16s")
+#: Requests of this many bytes: their number.
+_REQUEST = struct.Struct("<Q")
+
+
+class MemoryGuest:
+    """A guest: pages, and a service that writes them and sends answers.
+
+    :param transmit: takes each frame that the guest sends
+    :ivar paused: what arrives while it is set waits
+    """
+
+    def __init__(
+        self, description: Description, transmit: Callable[[str, bytes], None]
+    ) -> None:
+        self.description = description
+        self.memory = bytearray(description.pages * PAGE_SIZE)
+        self.dirty: set[int] = set()
+        self.paused = False
+        self.alive = True
+        self.clock_offset_ns = 0
+        self.nics = [
+            Nic(0, f"vif{description.domid}.0", str(description.detail["mac"]), "memory0")
+        ]
+        self.lock = threading.RLock()
+        self._transmit = transmit
+        self._inbox: deque[int] = deque()
+
+    @property
+    def answered(self) -> int:
+        """Answers given in this guest's whole life, on any host."""
+        answers: int = _HEAD.unpack_from(self.memory)[0]
+        return answers
+
+    def clock_ns(self) -> int:
+        """The guest's own clock."""
+        return time.monotonic_ns() + self.clock_offset_ns
+
+    def request(self, number: int) -> None:
+        """A request arrives; it is answered now, or once the guest runs again."""
+        with self.lock:
+            if self.alive:
+                self._inbox.append(number)
+                self.run()
+
+    def run(self) -> None:
+        """Work off what has arrived, unless paused."""
+        while self.alive and not self.paused and self._inbox:
+            number = self._inbox.popleft()
+            answers, digest = _HEAD.unpack_from(self.memory)
+            digest = blake2b(digest + _REQUEST.pack(number), digest_size=16).digest()
+            _HEAD.pack_into(self.memory, 0, answers + 1, digest)
+            page = 1 + number % (self.description.pages - 1)
+            self.write(page, digest)
+            self.dirty.add(0)
+            self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers + 1, digest))
+
+    def write(self, page: int, data: bytes) -> None:
+        """The guest writes into one of its pages."""
+        with self.lock:
+            self.memory[page * PAGE_SIZE : page * PAGE_SIZE + len(data)] = data
+            self.dirty.add(page)
+
+    def state(self) -> bytes:
+        """What a hypervisor would save beside the pages."""
+        return json.dumps({"answered": self.answered, "clock_ns": self.clock_ns()}).encode()
+
+
+def parse_answer(frame: bytes) -> tuple[int, int, bytes]:
+    """(request number, count of answers, digest of all requests so far) of a frame."""
+    number, count, digest = _ANSWER.unpack(frame)
+    return number, count, digest
+
+
+def digest_of(numbers: Iterable[int]) -> bytes:
+    """The digest that a service has after answering ``numbers`` in that order."""
+    digest = bytes(16)
+    for number in numbers:
+        digest = blake2b(digest + _REQUEST.pack(number), digest_size=16).digest()
+    return digest
+
+
+class MemorySource:
+    """The running guest on the primary; see :class:`checkpoint.driver.Source`."""
+
+    def __init__(self, hypervisor: MemoryHypervisor, guest: MemoryGuest) -> None:
+        self.description = guest.description
+        self.nics = guest.nics
+        self._hypervisor = hypervisor
+        self._guest = guest
+        self._tracking = False
+        self._copied = False
+        self._all = range(self.description.pages)
+
+    def track(self) -> None:
+        """Begin dirty tracking."""
+        self._hypervisor.reached("track")
+        self._tracking = True
+        self._copied = False
+
+    def base_round(self) -> Iterable[array[int]]:
+        """One round: all frames the first time, the dirty ones later."""
+        with self._guest.lock:
+            frames = array("Q", sorted(self._guest.dirty) if self._copied else self._all)
+            self._guest.dirty.clear()
+        self._copied = True
+        for start in range(0, len(frames), 16):
+            yield frames[start : start + 16]
+
+    def copy_live(self, gfns: array[int], staging: Staging) -> None:
+        """Copy pages of the running guest."""
+        self._hypervisor.reached("copy_live")
+        staging.clear()
+        self._gather(gfns, staging)
+
+    def _gather(self, gfns: Iterable[int], staging: Staging) -> None:
+        for place, gfn in enumerate(gfns):
+            staging.gfns[place] = gfn
+            start = gfn * PAGE_SIZE
+            page = self._guest.memory[start : start + PAGE_SIZE]
+            staging.data[place * PAGE_SIZE : (place + 1) * PAGE_SIZE] = page
+            staging.count = place + 1
+
+    def capture(
+        self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
+    ) -> Captured:
+        """Take one checkpoint."""
+        guest = self._guest
+        started = time.monotonic_ns()
+        self._hypervisor.reached("capture")
+        if self._hypervisor.restless > 0:
+            self._hypervisor.restless -= 1
+            raise NotQuiescent("the guest is busy; expected a pause point")
+        with guest.lock:
+            if not guest.alive:
+                raise CheckpointError(f"Domain {self.description.name} is gone")
+            guest.paused = True
+            try:
+                if len(guest.dirty) > staging.capacity:
+                    raise OverflowError(f"{len(guest.dirty)} pages are dirty")
+                close_output()
+                staging.clear()
+                self._gather(sorted(guest.dirty), staging)
+                guest.dirty.clear()
+                staging.state = guest.state()
+            except BaseException:
+                self.unpause()
+                raise
+            if not leave_paused:
+                self.unpause()
+        return Captured(staging.count, time.monotonic_ns() - started, 0)
+
+    def pause(self) -> None:
+        """Stop the guest."""
+        with self._guest.lock:
+            self._guest.paused = True
+
+    def unpause(self) -> None:
+        """Let the guest run."""
+        with self._guest.lock:
+            self._guest.paused = False
+            self._guest.run()
+
+    def alive(self) -> bool:
+        """Whether the guest exists."""
+        return self._guest.alive
+
+    def destroy(self) -> None:
+        """Destroy the guest."""
+        self._hypervisor.destroy_domain(self.description.name)
+
+    def untrack(self) -> None:
+        """End dirty tracking."""
+        self._tracking = False
+
+
+class MemoryShell:
+    """A guest that does not run yet; see :class:`checkpoint.driver.Shell`."""
+
+    def __init__(self, hypervisor: MemoryHypervisor, description: Description) -> None:
+        self._hypervisor = hypervisor
+        self._guest = MemoryGuest(description, hypervisor.transmit)
+        self.memory = memoryview(self._guest.memory)
+        self.nics = self._guest.nics
+
+    def revive(self, state: bytes, elapsed_ns: int) -> None:
+        """Run the guest."""
+        self._hypervisor.reached("revive")
+        saved = json.loads(state)
+        if saved["answered"] != self._guest.answered:
+            raise ReviveError(
+                f"memory is of answer {self._guest.answered}, state of {saved['answered']}"
+            )
+        self._guest.clock_offset_ns = saved["clock_ns"] + elapsed_ns - time.monotonic_ns()
+        name = self._guest.description.name
+        self._hypervisor.shells.pop(name, None)
+        self._hypervisor.guests[name] = self._guest
+        self._hypervisor.reached("revived")
+
+    def destroy(self) -> None:
+        """Remove the shell."""
+        name = self._guest.description.name
+        if self._hypervisor.shells.get(name) is self:
+            del self._hypervisor.shells[name]
+
+
+class MemoryHypervisor:
+    """A host's hypervisor; see :class:`checkpoint.driver.Hypervisor`.
+
+    :param transmit: takes (device name, frame) of everything that guests here send
+    :param memory_pages: guest memory that the host has for shells
+    :ivar restless: so many of the next captures find no usable pause point
+    :ivar reached: called with the name of each point that a test may want to disturb
+    """
+
+    name = "memory"
+
+    def __init__(
+        self,
+        transmit: Callable[[str, bytes], None] = lambda vif, frame: None,
+        *,
+        memory_pages: int = 1 << 20,
+    ) -> None:
+        self.guests: dict[str, MemoryGuest] = {}
+        self.shells: dict[str, MemoryShell] = {}
+        self.memory_pages = memory_pages
+        self.transmit = transmit
+        self.restless = 0
+        self.reached: Callable[[str], None] = lambda point: None
+        self._domid = 0
+
+    def boot(self, name: str, pages: int = 64) -> MemoryGuest:
+        """Start a guest."""
+        self._domid += 1
+        uuid = str(uuids.uuid4())
+        description = Description(
+            name=name,
+            uuid=uuid,
+            domid=self._domid,
+            vcpus=1,
+            pages=pages,
+            driver=self.name,
+            detail={"mac": f"00:16:3e:{uuid[0:2]}:{uuid[2:4]}:{uuid[4:6]}"},
+        )
+        guest = self.guests[name] = MemoryGuest(description, self.transmit)
+        return guest
+
+    def open_source(self, domain: str) -> MemorySource:
+        """The running guest of that name or number."""
+        for name, guest in self.guests.items():
+            if domain in (name, str(guest.description.domid)):
+                return MemorySource(self, guest)
+        raise UnsupportedGuest(f"Domain {domain} does not exist")
+
+    def create_shell(self, description: Description) -> MemoryShell:
+        """Build a shell."""
+        self.reached("create_shell")
+        if description.name in self.guests or description.name in self.shells:
+            raise CheckpointError(f"Domain {description.name} exists already")
+        if description.pages > self.memory_pages:
+            raise CheckpointError(
+                f"{description.name} needs {description.pages} pages, {self.memory_pages} are free"
+            )
+        shell = self.shells[description.name] = MemoryShell(self, description)
+        return shell
+
+    def domains(self) -> list[tuple[int, str]]:
+        """(number, name) of every running guest."""
+        return [(guest.description.domid, name) for name, guest in self.guests.items()]
+
+    def destroy_shell(self, name: str) -> bool:
+        """Remove a shell that was left behind."""
+        return self.shells.pop(name, None) is not None
+
+    def domain_exists(self, name: str) -> bool:
+        """Whether a guest of that name runs."""
+        return name in self.guests
+
+    def destroy_domain(self, name: str) -> None:
+        """Destroy a guest."""
+        guest = self.guests.pop(name, None)
+        if guest is not None:
+            guest.alive = False
+
+    def power_cut(self) -> None:
+        """Everything that ran here is gone."""
+        for name in list(self.guests):
+            self.destroy_domain(name)
+        self.shells.clear()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base copy: all of a guest's memory, sent while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from checkpoint.codec import Coded, Encoder
+from checkpoint.driver import Source, Staging
+from checkpoint.session import Sender
+
+#: Rounds after the first one, at most: a busy guest's last pages go with the first checkpoint.
+MAX_ROUNDS: Final = 6
+#: A round of at most this many pages is short enough for the first checkpoint to follow it.
+FEW_PAGES: Final = 256
+#: Pages copied, coded and sent at a time.
+CHUNK: Final = 1024
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the base copy is.
+
+    :ivar round: 1 for the first, in which every page is sent
+    :ivar done: pages of this round that were sent
+    :ivar total: pages of this round, as far as known
+    :ivar wire_bytes: bytes sent so far, all rounds
+    """
+
+    round: int = 0
+    done: int = 0
+    total: int = 0
+    wire_bytes: int = 0
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures as JSON values."""
+        return {
+            "round": self.round,
+            "done": self.done,
+            "total": self.total,
+            "wire_bytes": self.wire_bytes,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+async def base_copy(
+    source: Source,
+    encoder: Encoder,
+    sender: Sender,
+    progress: Progress,
+    report: Callable[[], None],
+) -> None:
+    """Send every page of the guest, then what was written meanwhile, until little is left.
+
+    Copying and coding run in a thread, one chunk ahead of sending.
+
+    :param report: called after each chunk
+    :raise CheckpointError: the link broke, or the guest is gone
+    """
+    staging = Staging(CHUNK)
+    started = time.monotonic()
+    for progress.round in range(1, MAX_ROUNDS + 1):
+        progress.done = 0
+        progress.total = source.description.pages if progress.round == 1 else 0
+        chunks = _chunks(source)
+        coming = asyncio.create_task(asyncio.to_thread(_code_next, source, encoder, chunks, staging))
+        try:
+            while (chunk := await coming) is not None:
+                pages, batches = chunk
+                coming = asyncio.create_task(
+                    asyncio.to_thread(_code_next, source, encoder, chunks, staging)
+                )
+                progress.wire_bytes += await sender.send_base(batches)
+                progress.done += pages
+                progress.total = max(progress.total, progress.done)
+                progress.seconds = time.monotonic() - started
+                report()
+        finally:
+            # The thread must be out of the source before anybody else uses it.
+            await asyncio.gather(coming, return_exceptions=True)
+        if progress.round > 1 and progress.done <= FEW_PAGES:
+            break
+    await sender.finish_base()
+
+
+def _chunks(source: Source) -> Iterator[array[int]]:
+    for batch in source.base_round():
+        for start in range(0, len(batch), CHUNK):
+            yield batch[start : start + CHUNK]
+
+
+def _code_next(
+    source: Source, encoder: Encoder, chunks: Iterator[array[int]], staging: Staging
+) -> tuple[int, list[Coded]] | None:
+    """Copy and code the next chunk; None when the round is over."""
+    gfns = next(chunks, None)
+    if gfns is None:
+        return None
+    source.copy_live(gfns, staging)
+    return staging.count, list(encoder.encode(staging))

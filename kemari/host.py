@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all protections of a host share: configuration, drivers, records, and how to dial."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.driver import Hypervisor
+from checkpoint.errors import CheckpointError
+from checkpoint.link import Hello, Link, LinkOptions, PeerClosed, connect
+from kemari import __version__
+from kemari.config import Address, Config, Tls
+from kemari.errors import ConfigError, KemariError, PeerUnreachable
+from kemari.journal import Journal
+from kemari.ledger import Ledger
+from kemari.output import Network
+
+#: As :func:`checkpoint.link.connect`.
+Dial = Callable[[str, int, Hello, LinkOptions], Awaitable[Link]]
+
+WILDCARDS = frozenset({"0.0.0.0", "::"})
+
+
+@dataclass(slots=True)
+class Host:
+    """The host that this daemon runs on.
+
+    :ivar host_id: UUID that stays the same for the life of the installation
+    :ivar dial: opens connections; tests put their own network in its place
+    :ivar advertised: addresses at which peers can reach this daemon, best first
+    """
+
+    config: Config
+    hypervisor: Hypervisor
+    network: Network
+    ledger: Ledger
+    journal: Journal
+    host_id: str
+    dial: Dial = connect
+    advertised: tuple[str, ...] = ()
+    ssl_client: ssl.SSLContext | None = None
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def hello(self, role: str) -> Hello:
+        """What this end says of itself on a new connection."""
+        return Hello(
+            role=role,
+            host=self.config.host,
+            host_id=self.host_id,
+            heartbeat=self.config.heartbeat,
+            addresses=self.advertised,
+            software=f"kemari {__version__}",
+        )
+
+    async def connect(self, address: Address, role: str, timeout: float = 5.0) -> Link:
+        """Connect to a peer.
+
+        :raise LinkError: it cannot be reached (see the classes in :mod:`checkpoint.link`)
+        """
+        options = LinkOptions(ssl=self.ssl_client, connect_timeout=timeout)
+        return await self.dial(address.host, address.port, self.hello(role), options)
+
+    async def connect_any(self, addresses: tuple[Address, ...], role: str) -> tuple[Link, Address]:
+        """Connect to the first of ``addresses`` that answers.
+
+        :raise PeerUnreachable: none does
+        """
+        reasons = []
+        for address in addresses:
+            try:
+                return await self.connect(address, role), address
+            except CheckpointError as error:
+                reasons.append(f"{address}: {error}")
+        raise PeerUnreachable(f"No kemarid answers ({'; '.join(reasons)}); expected one")
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run ``work`` as a task that is kept until it ends; see :func:`reap`."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            self.journal.note(
+                "", "fault", f"{task.get_name()} ended by a fault of this program: {error!r}"
+            )
+            loop = task.get_loop()
+            loop.call_exception_handler(
+                {"message": f"{task.get_name()} failed", "exception": error, "task": task}
+            )
+
+
+def load_host_id(path: Path) -> str:
+    """The host's lasting UUID, made at the first call.
+
+    :raise KemariError: the file cannot be read or written, or holds something else
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            return str(uuid.UUID(path.read_text().strip()))
+        host_id = str(uuid.uuid4())
+        path.write_text(host_id + "\n")
+    except OSError as error:
+        raise KemariError(f"{path} cannot be used: {error.strerror}") from error
+    except ValueError as error:
+        raise KemariError(f"{path} does not hold a UUID") from error
+    return host_id
+
+
+def tls_contexts(tls: Tls | None) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+    """(server, client) contexts for mutual TLS; (None, None) without.
+
+    Both ends must show a certificate of the configured authority.  Host names are not compared:
+    peers are known by addresses, and any host with such a certificate is trusted with any guest.
+
+    :raise ConfigError: a file is missing or does not fit
+    """
+    if tls is None:
+        return None, None
+    contexts = []
+    for purpose in (ssl.Purpose.CLIENT_AUTH, ssl.Purpose.SERVER_AUTH):
+        context = ssl.create_default_context(purpose)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(cafile=tls.ca)
+            context.load_cert_chain(tls.cert, tls.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"tls: {tls.cert}, {tls.key}, {tls.ca}: {error}") from error
+        contexts.append(context)
+    return contexts[0], contexts[1]
+
+
+def host_is_alive(error: CheckpointError) -> bool:
+    """Whether this failure of a connection could only come from a living kernel over there."""
+    return isinstance(error, PeerClosed)

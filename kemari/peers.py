@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paths to other hosts beside the replication links, and questions over them.
+
+One small connection (role "liveness") is kept to each further address of a host that a protection
+depends on; it beats by itself, and both ends may ask over it.  Connections that the other end opened
+count as paths as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from checkpoint.errors import CheckpointError
+from checkpoint.lifeline import Answers, Lifeline, Owner
+from checkpoint.link import Link
+from kemari.config import Address, parse_address
+from kemari.errors import ConfigError, PeerUnreachable
+from kemari.host import WILDCARDS, Host, host_is_alive
+
+log = logging.getLogger(__name__)
+
+#: Addresses that a peer may name.
+MAX_ADDRESSES: Final = 16
+
+#: States of :class:`checkpoint.lifeline.Owner` that mean, with a later generation: not ours any more.
+OWNING: Final = ("running", "primary", "standby")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of asking a host to stand down.
+
+    :ivar stood_down: it promised
+    :ivar runs_since: it runs the guest since that generation (0: it does not say so)
+    :ivar alive: its kernel gave some sign of life, though no answer
+    """
+
+    stood_down: bool = False
+    runs_since: int = 0
+    alive: bool = False
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether it settles who owns the guest."""
+        return self.stood_down or self.runs_since > 0
+
+
+class Peers:
+    """Paths to all other hosts.
+
+    :param answers: answers what other hosts ask
+    """
+
+    def __init__(self, host: Host, answers: Answers) -> None:
+        self._host = host
+        self._answers = answers
+        self._lifelines: dict[str, dict[str, Lifeline]] = {}
+        self._evidence: dict[str, dict[str, float]] = {}
+        self._wanted: Counter[tuple[str, Address]] = Counter()
+        self._keepers: dict[tuple[str, Address], asyncio.Task[None]] = {}
+
+    def evidence(self, host_id: str) -> dict[str, float]:
+        """Path -> ``time.monotonic()`` of the last evidence of life of that host."""
+        known = self._evidence.setdefault(host_id, {})
+        for path, lifeline in self._lifelines.get(host_id, {}).items():
+            known[path] = max(known.get(path, 0.0), lifeline.link.last_heard)
+        return dict(known)
+
+    def lifelines(self, host_id: str) -> list[Lifeline]:
+        """Open connections over which that host can be asked."""
+        return list(self._lifelines.get(host_id, {}).values())
+
+    # ---- Keeping paths ----
+
+    def want(self, host_id: str, addresses: Iterable[Address]) -> None:
+        """Keep a connection to each of these addresses of a host, until :meth:`unwant`."""
+        for address in addresses:
+            key = (host_id, address)
+            self._wanted[key] += 1
+            if key not in self._keepers:
+                self._keepers[key] = self._host.spawn(
+                    self._keep(host_id, address), f"path to {address}"
+                )
+
+    def unwant(self, host_id: str, addresses: Iterable[Address]) -> None:
+        """The counterpart of :meth:`want`."""
+        for address in addresses:
+            key = (host_id, address)
+            self._wanted[key] -= 1
+            if self._wanted[key] <= 0:
+                del self._wanted[key]
+                keeper = self._keepers.pop(key, None)
+                if keeper is not None:
+                    keeper.cancel()
+
+    async def _keep(self, host_id: str, address: Address) -> None:
+        heartbeat = self._host.config.heartbeat
+        path = str(address)
+        while True:
+            try:
+                link = await self._host.connect(address, "liveness", timeout=heartbeat)
+            except CheckpointError as error:
+                self._note_end(host_id, path, error)
+            else:
+                if link.peer.host_id == host_id:
+                    await self.serve(Lifeline(link, self._answers), path)
+                else:
+                    await link.close()
+            await asyncio.sleep(heartbeat / 4)
+
+    async def serve(self, lifeline: Lifeline, path: str = "") -> None:
+        """Answer on one connection, and count it as a path, until it ends."""
+        peer = lifeline.link.peer.host_id
+        path = path or f"from {lifeline.link.peer_address}"
+        paths = self._lifelines.setdefault(peer, {})
+        paths[path] = lifeline
+        try:
+            self._note_end(peer, path, await lifeline.run())
+        finally:
+            if paths.get(path) is lifeline:
+                del paths[path]
+            await lifeline.close()
+
+    def _note_end(self, host_id: str, path: str, error: CheckpointError | None) -> None:
+        if error is not None and host_is_alive(error):
+            self._evidence.setdefault(host_id, {})[path] = time.monotonic()
+
+    def forget(self, host_id: str) -> None:
+        """Forget the evidence of paths of a host that are no longer open."""
+        if not any(key[0] == host_id for key in self._wanted):
+            self._evidence.pop(host_id, None)
+
+    # ---- Asking ----
+
+    async def inquire(self, address: Address, guest: str, generation: int) -> Owner:
+        """Who owns ``guest``, as far as the host at ``address`` knows.
+
+        :raise PeerUnreachable: no answer
+        """
+        try:
+            link = await self._host.connect(address, "liveness")
+        except CheckpointError as error:
+            raise PeerUnreachable(f"{address} gives no answer: {error}") from error
+        lifeline = Lifeline(link, self._answers)
+        serving = asyncio.create_task(lifeline.run())
+        try:
+            return await lifeline.inquire(guest, generation)
+        except CheckpointError as error:
+            raise PeerUnreachable(f"{address} gives no answer: {error}") from error
+        finally:
+            await lifeline.close()
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+    async def ask_to_stand_down(
+        self,
+        host_id: str,
+        addresses: Iterable[Address],
+        guest: str,
+        generation: int,
+        timeout: float,
+    ) -> Answer:
+        """Ask a host over every path at once to give up ``guest``; the first answer counts.
+
+        :param guest: UUID
+        :param timeout: seconds to wait for an answer
+        """
+        open_paths = {str(path): line for path, line in self._lifelines.get(host_id, {}).items()}
+        questions = [
+            asyncio.create_task(self._ask(line, guest, generation, timeout))
+            for line in open_paths.values()
+        ] + [
+            asyncio.create_task(self._ask_afresh(address, host_id, guest, generation, timeout))
+            for address in dict.fromkeys(addresses)
+        ]
+        alive = False
+        try:
+            for question in asyncio.as_completed(questions, timeout=timeout * 2):
+                answer = await question
+                if answer.conclusive:
+                    return answer
+                alive = alive or answer.alive
+        except TimeoutError:
+            pass  # the same as no answer: some path swallowed the question
+        finally:
+            for task in questions:
+                task.cancel()
+            await asyncio.gather(*questions, return_exceptions=True)
+        return Answer(alive=alive)
+
+    async def _ask_afresh(
+        self, address: Address, host_id: str, guest: str, generation: int, timeout: float
+    ) -> Answer:
+        """Ask over a new connection: an open one may be stuck behind what it has swallowed."""
+        try:
+            link = await self._host.connect(address, "liveness", timeout=timeout)
+        except CheckpointError as error:
+            return Answer(alive=host_is_alive(error))
+        if host_id and link.peer.host_id != host_id:
+            await link.close()
+            return Answer()
+        lifeline = Lifeline(link, self._answers)
+        serving = asyncio.create_task(lifeline.run())
+        try:
+            return await self._ask(lifeline, guest, generation, timeout)
+        finally:
+            await lifeline.close()
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+    async def _ask(
+        self, lifeline: Lifeline, guest: str, generation: int, timeout: float
+    ) -> Answer:
+        try:
+            owner = await lifeline.stand_down(guest, generation, timeout)
+        except CheckpointError as error:
+            return Answer(alive=host_is_alive(error))
+        return _judge(owner, generation)
+
+
+def _judge(owner: Owner | None, generation: int) -> Answer:
+    if owner is None:
+        return Answer(stood_down=True)
+    if owner.state in OWNING and owner.generation > generation:
+        return Answer(runs_since=owner.generation, alive=True)
+    return Answer(alive=True)
+
+
+def further_addresses(link: Link, used: Address | None = None) -> tuple[Address, ...]:
+    """Addresses that the peer of ``link`` says it has, without ``used``; bad ones are left out.
+
+    A peer that listens on all its addresses names none: then it is the one that the link is with.
+    """
+    found = []
+    for untrusted in link.peer.addresses[:MAX_ADDRESSES]:
+        try:
+            address = parse_address(untrusted, default_port=None)
+            if address.host in WILDCARDS:
+                here = parse_address(link.peer_address, default_port=0)
+                address = Address(here.host, address.port)
+        except ConfigError as error:
+            log.warning("%s says it is reachable at a bad address: %s", link.peer.host, error)
+        else:
+            if address != used:
+                found.append(address)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The standby side of one protection: shell, epochs, takeover.
+
+:class:`StandbySession` carries out what :class:`kemari.epoch.Standby` decides.  The engine's
+:class:`checkpoint.session.Receiver` stages, verifies, acknowledges and applies; it asks this side
+before each of its promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import re
+import time
+from collections.abc import Awaitable
+from typing import Any, Final, Protocol
+
+from checkpoint.driver import Description, Shell
+from checkpoint.errors import CheckpointError, ReviveError
+from checkpoint.lifeline import Owner
+from checkpoint.link import Link, PeerClosed, PeerRefused, PeerSilent
+from checkpoint.session import Committed, Receiver
+from kemari import epoch
+from kemari.config import Address
+from kemari.epoch import Standby, StandbyState
+from kemari.errors import KemariError
+from kemari.host import Host, host_is_alive
+from kemari.ledger import Record, Role
+from kemari.liveness import REPLICATION, Verdict, Watch
+from kemari.peers import Peers, further_addresses
+
+log = logging.getLogger(__name__)
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+_NAME = re.compile(r"[A-Za-z0-9_.:+-]{1,128}\Z")
+#: Guest memory that a peer may ask this host to set aside: 1 TiB.
+MAX_PAGES: Final = 1 << 28
+
+
+class Registry(Protocol):
+    """Which session has which guest."""
+
+    def claim(self, uuid: str, name: str, session: StandbySession) -> None:
+        """Make ``session`` the one for that guest.
+
+        :raise CheckpointError: another one has it, or this host runs that guest
+        """
+
+
+class StandbySession:
+    """One guest that another host protects to this one.
+
+    :param link: an accepted connection of role "replicate"
+    :ivar machine: the decisions
+    :ivar over: set once nothing of this session is left to do
+    """
+
+    def __init__(self, host: Host, peers: Peers, link: Link, registry: Registry) -> None:
+        self.machine = Standby()
+        self.uuid = ""
+        self.guest = ""
+        self.generation = 0
+        self.primary = link.peer.host
+        self.primary_id = link.peer.host_id
+        self.why = "connected"
+        self.since = time.time()
+        self.over = asyncio.Event()
+        self._host = host
+        self._peers = peers
+        self._registry = registry
+        self._link = link
+        self._receiver = Receiver(link, self)
+        self._shell: Shell | None = None
+        self._further: tuple[Address, ...] = further_addresses(link)
+        self._probing = False
+        self._watching = asyncio.Event()
+        self._deciding = asyncio.Lock()
+        self._revive_error: Exception | None = None
+
+    # ---- Section: what the daemon calls ----
+
+    async def run(self) -> None:
+        """Serve the session until it is over, takeover included."""
+        watcher = asyncio.create_task(self._watch())
+        try:
+            await self._receive()
+            await self.over.wait()
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+            if self._probing:
+                self._peers.unwant(self.primary_id, self._further)
+            await self._link.close()
+
+    async def stand_down(self, why: str) -> Owner | None:
+        """Give up this generation for good, unless the guest runs here already.
+
+        :return: None once the promise is durable and the shell gone; else who this host is
+        """
+        if self.machine.state in (StandbyState.TAKING_OVER, StandbyState.RUNNING):
+            return self.owner()
+        await self._receiver.halt()
+        async with self._deciding:
+            if not self.machine.over:
+                self.why = why
+            actions = await self._do(self.machine.asked_to_stand_down())
+        promised = any(isinstance(action, epoch.PromiseStoodDown) for action in actions)
+        return None if promised else self.owner()
+
+    def owner(self) -> Owner:
+        """Who this host is to the guest."""
+        match self.machine.state:
+            case StandbyState.TAKING_OVER:
+                return Owner(self.uuid, self.generation + 1, "reviving")
+            case StandbyState.RUNNING:
+                return Owner(self.uuid, self.generation + 1, "running")
+            case StandbyState.STOOD_DOWN:
+                return Owner(self.uuid, self.generation, "none")
+        return Owner(self.uuid, self.generation, "standby")
+
+    async def take_over(self, why: str) -> None:
+        """Run the last complete epoch here; the primary is dead."""
+        # Not under the lock: the receiver may be in a call to this side that waits for it.
+        await self._receiver.halt()
+        async with self._deciding:
+            if not self.machine.over:
+                self.why = why
+            await self._do(self.machine.primary_dead())
+
+    def status(self) -> dict[str, Any]:
+        """What ``kemari status`` shows."""
+        return {
+            "guest": self.guest,
+            "uuid": self.uuid,
+            "role": "standby",
+            "state": self.machine.state.name.lower().replace("_", "-"),
+            "protected": self.machine.state is StandbyState.READY,
+            "peer": self.primary,
+            "generation": self.generation,
+            "epoch": self.machine.complete,
+            "since": round(self.since, 3),
+            "why": self.why,
+        }
+
+    def note(self, event: str, text: str, **figures: Any) -> None:
+        """Put a sentence about this guest into the event log."""
+        self._host.journal.note(self.guest, event, text, **figures)
+
+    # ---- Section: what the receiver calls (checkpoint.session.Standby) ----
+
+    async def prepare(
+        self, description: Description, generation: int, options: dict[str, Any]
+    ) -> tuple[Shell, dict[str, Any]]:
+        """Build the shell.
+
+        :raise CheckpointError: with the sentence that the primary's administrator reads
+        """
+        host = self._host
+        untrusted = description
+        if not _UUID.match(untrusted.uuid) or not _NAME.match(untrusted.name):
+            raise CheckpointError("The description has no proper name and UUID of a guest")
+        if not 0 < untrusted.pages <= MAX_PAGES:
+            raise CheckpointError(f"{untrusted.pages} pages of guest memory are not possible")
+        known = host.ledger.generation(description.uuid)
+        if generation <= known:
+            raise CheckpointError(
+                f"generation {generation} of {description.name} is over; {known} is known on "
+                f"{host.config.host}"
+            )
+        self._registry.claim(description.uuid, description.name, self)
+        self.uuid, self.guest, self.generation = description.uuid, description.name, generation
+        exists = await asyncio.to_thread(host.hypervisor.domain_exists, description.name)
+        if exists:
+            raise CheckpointError(
+                f"a domain named {description.name} exists on {host.config.host}; expected none"
+            )
+        if await asyncio.to_thread(host.hypervisor.destroy_shell, description.name):
+            self.note("cleaned", f"removed an old shell of {self.guest}")
+        self._shell = await asyncio.to_thread(host.hypervisor.create_shell, description)
+        try:
+            await asyncio.to_thread(host.ledger.put, self._record(generation))
+        except KemariError as error:
+            raise CheckpointError(str(error)) from error
+        self.why = "first copy under way"
+        self.note(
+            "standby", f"standing by for {self.guest} of {self.primary}, generation {generation}"
+        )
+        self._watching.set()
+        return self._shell, {"host": host.config.host}
+
+    def _record(self, generation: int) -> Record:
+        return Record(
+            uuid=self.uuid,
+            guest=self.guest,
+            role=Role.STANDBY,
+            generation=generation,
+            peer=self.primary,
+            addresses=tuple(str(each) for each in self._further),
+            options={"peer_id": self.primary_id},
+            reason=f"standby of {self.primary}",
+        )
+
+    async def committed(self, committed: Committed) -> None:
+        """An epoch is verified and complete; its ACK follows unless this raises."""
+        if committed.epoch == 0:
+            return
+        for action in self.machine.committed(committed.epoch):
+            if isinstance(action, epoch.Discard):
+                raise CheckpointError(f"{self._host.config.host} takes no more epochs")
+        if committed.epoch == 1:
+            self.why = f"{self.guest} could run here if {self.primary} died"
+            self.note("ready", f"holds a complete copy of {self.guest}: {self.why}")
+
+    async def handover(self, generation: int, committed: Committed) -> dict[str, Any]:
+        """The primary gives the guest away.
+
+        :raise CheckpointError: it cannot run here, never did and never will
+        """
+        if generation != self.generation + 1:
+            raise CheckpointError(
+                f"handover to generation {generation}; expected {self.generation + 1}"
+            )
+        # A link that breaks meanwhile must not cut a revival in two.
+        await asyncio.shield(self._host.spawn(self._handed_over(committed.epoch), "handover"))
+        if self.machine.state is not StandbyState.RUNNING:
+            raise CheckpointError(str(self._revive_error or "this host stood down"))
+        return {"host": self._host.config.host, "generation": generation}
+
+    async def _handed_over(self, number: int) -> None:
+        async with self._deciding:
+            self.why = f"{self.primary} handed it over"
+            await self._do(self.machine.handed_over(number))
+
+    async def stop(self, reason: str) -> None:
+        """The protection ends in good order."""
+        await asyncio.shield(self._host.spawn(self._stopped(reason), "stop"))
+
+    async def _stopped(self, reason: str) -> None:
+        async with self._deciding:
+            self.why = reason
+            await self._do(self.machine.asked_to_stand_down())
+
+    # ---- Section: watching ----
+
+    async def _receive(self) -> None:
+        try:
+            outcome = await self._receiver.run()
+            log.info("%s: session %s", self.guest or self.primary, outcome)
+        except CheckpointError as error:
+            await self._receiver_ended(error)
+        if self._shell is None or self.machine.state in (
+            StandbyState.STOOD_DOWN,
+            StandbyState.RUNNING,
+        ):
+            self.over.set()
+
+    async def _receiver_ended(self, error: CheckpointError) -> None:
+        if isinstance(error, PeerSilent):
+            return  # the watch decides, or halted the receiver because it has decided
+        async with self._deciding:
+            if self.machine.over:
+                return
+            self.why = f"the link to {self.primary} ended: {error}"
+            if not isinstance(error, PeerClosed | PeerRefused):
+                # What went wrong is here, or the primary was told so: this copy is of no more use.
+                await self._do(self.machine.link_dead())
+                return
+            if self.machine.state is StandbyState.READY:
+                self._probe()
+                self.note(
+                    "link-closed",
+                    f"the daemon of {self.primary} is gone but its host lives; "
+                    f"the copy of {self.guest} is kept until it is back",
+                )
+            await self._do(self.machine.link_closed())
+
+    def _probe(self) -> None:
+        """Look for signs of life of the primary's host by connecting to it."""
+        if not self._probing:
+            self._probing = True
+            self._peers.want(self.primary_id, self._further)
+
+    async def _watch(self) -> None:
+        await self._watching.wait()
+        watch = Watch(self._host.config.heartbeat, time.monotonic())
+        closed_at: float | None = None
+        while not self.over.is_set():
+            await asyncio.sleep(watch.pace)
+            now = time.monotonic()
+            if not self._link.closed:
+                watch.heard(REPLICATION, self._link.last_heard)
+            elif closed_at is None:
+                closed_at = now
+                if self._link.failure is None or host_is_alive(self._link.failure):
+                    watch.closed(REPLICATION, now)
+            for path, when in self._peers.evidence(self.primary_id).items():
+                watch.heard(path, when)
+            verdict = watch.tick(now)
+            if self.machine.over:
+                continue
+            if verdict is Verdict.DEAD:
+                silence = watch.silence(now)
+                if self.machine.state is StandbyState.COPYING:
+                    self.note(
+                        "lost",
+                        f"{self.primary} is dead (silent for {silence:.1f} s on every path) before "
+                        f"the first copy of {self.guest} was complete: the guest is lost with it",
+                    )
+                await self.take_over(f"{self.primary} was silent for {silence:.1f} s on every path")
+            elif verdict is Verdict.LINK_DEAD:
+                await self._link_is_dead()
+
+    async def _link_is_dead(self) -> None:
+        await self._receiver.halt()
+        async with self._deciding:
+            if not self.machine.over:
+                self.why = (
+                    f"the replication link to {self.primary} is silent but its host lives"
+                )
+            await self._do(self.machine.link_dead())
+
+    # ---- Section: actions ----
+
+    async def _do(self, actions: epoch.Actions) -> epoch.Actions:
+        """Carry out decisions, in order; returns them all, with those that followed from them."""
+        done: epoch.Actions = []
+        for action in actions:
+            done.append(action)
+            match action:
+                case epoch.Revive(number):
+                    done += await self._do(await self._revive(number))
+                case epoch.DestroyShell():
+                    await self._destroy_shell()
+                case epoch.TellRunning() | epoch.PromiseStoodDown() | epoch.Discard():
+                    pass  # the caller answers; the receiver has dropped what was incomplete
+                case _:
+                    raise AssertionError(f"{action} is not an action of a standby")
+        return done
+
+    async def _revive(self, number: int) -> epoch.Actions:
+        host, shell = self._host, self._shell
+        committed = self._receiver.committed
+        assert shell is not None and committed is not None
+        silence = time.monotonic() - max(
+            [self._link.last_heard, *self._peers.evidence(self.primary_id).values()]
+        )
+        started = time.monotonic()
+        try:
+            if committed.epoch not in (number, number - 1):
+                raise ReviveError(f"epoch {number} is complete, but {committed.epoch} is applied")
+            await asyncio.to_thread(
+                functools.partial(
+                    host.ledger.update,
+                    self.uuid,
+                    role=Role.OWNER,
+                    generation=self.generation + 1,
+                    came_from=self.primary,
+                    reason=self.why,
+                )
+            )
+            elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
+            await asyncio.to_thread(shell.revive, committed.state, elapsed)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the guest does not run here
+            log.debug("%s: revive failed", self.guest, exc_info=error)
+            self._revive_error = error
+            self.why = f"{self.guest} could not be brought to life: {error}"
+            self.note("failed", self.why)
+            return self.machine.revive_failed()
+        revived = time.monotonic() - started
+        actions = self.machine.revived()
+        await self._announce(shell)
+        self.note(
+            "takeover",
+            f"{host.config.host} runs {self.guest} from epoch {committed.epoch} since generation "
+            f"{self.generation + 1}: {self.why}; it is UNPROTECTED now",
+            generation=self.generation + 1,
+            epoch=committed.epoch,
+            revive_ms=round(revived * 1000, 1),
+            silence_ms=round(silence * 1000, 1),
+        )
+        self.over.set()
+        return actions
+
+    async def _announce(self, shell: Shell) -> None:
+        try:
+            await asyncio.to_thread(self._host.network.announce, shell.nics)
+        except Exception as error:  # noqa: BLE001 - the guest runs; its first frame announces it too
+            self.note("trouble", f"the addresses of {self.guest} could not be announced: {error}")
+
+    async def _destroy_shell(self) -> None:
+        if self.uuid:
+            await _attempt(
+                self,
+                "record the end",
+                asyncio.to_thread(
+                    functools.partial(
+                        self._host.ledger.update,
+                        self.uuid,
+                        role=Role.RELEASED,
+                        reason=self.why,
+                    )
+                ),
+            )
+        if self._shell is not None:
+            await _attempt(self, "remove the shell", asyncio.to_thread(self._shell.destroy))
+        self.note("stood-down", f"no longer stands by for {self.guest}: {self.why}")
+        self.over.set()
+
+
+async def _attempt(session: StandbySession, what: str, work: Awaitable[Any]) -> None:
+    try:
+        await work
+    except Exception as error:  # noqa: BLE001 - a step left out would harm more
+        log.debug("%s: %s", session.guest, what, exc_info=error)
+        session.note("trouble", f"{session.guest}: could not {what}: {error}")
