@@ -388,6 +388,7 @@ class Fields:
 # ---- COMMIT ----
 
 _TOTALS = struct.Struct("<QQIIQ")
+MAX_AGE_NS = 3600 * 10**9
 
 
 @dataclass(slots=True)
@@ -405,15 +406,21 @@ class Totals:
     frames: int = 0
     digest: int = 0
 
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of those frames with their headers."""
+        return self.size + self.frames * HEADER.size
+
     def add(self, length: int, crc: int, pages: int = 0) -> None:
         """Count one frame with ``length`` bytes of payload."""
         self.pages += pages
         self.size += length
-        self.frames = (self.frames + 1) & 0xFFFFFFFF
+        self.frames += 1
         self.digest = zlib.crc32(_CRC.pack(crc), self.digest)
 
     def pack(self, age_ns: int) -> bytes:
         """The payload of COMMIT; ``age_ns`` is the time since the guest was paused."""
+        age_ns = min(age_ns, MAX_AGE_NS)
         return _TOTALS.pack(self.pages, self.size, self.frames, self.digest, age_ns)
 
     def compare(self, frame: Frame) -> int:
@@ -428,4 +435,6 @@ class Totals:
                 f"COMMIT of epoch {frame.epoch} does not describe the frames that came: "
                 f"{untrusted_totals} (pages, bytes, frames, digest), expected {mine}"
             )
+        if age > MAX_AGE_NS:
+            raise ProtocolError(f"COMMIT of epoch {frame.epoch} says that it is {age} ns old")
         return int(age)

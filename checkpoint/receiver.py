@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The standby's end of a replication session (``docs/protocol.md``)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+from checkpoint.codec import Decoder, Verified
+from checkpoint.driver import PAGE_SIZE, Description, Shell
+from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.link import Link, LinkError, PeerRefused, PeerSilent
+from checkpoint.runstate import Runstate
+from checkpoint.wire import Fields, Frame, FrameType, Totals, decode_json
+
+_log = logging.getLogger(__name__)
+
+INLINE = 1 << 16
+"""Bytes of pages up to which a batch is handled at once; more goes to a thread."""
+
+MAX_GUEST_PAGES = 1 << 40
+"""Frame numbers in a batch have 40 bits."""
+
+GOODBYE_TIME = 5.0
+"""Seconds that the standby waits for the primary to close after the last answer."""
+
+T = TypeVar("T")
+
+_Handler = Callable[[Frame], Awaitable[None]]
+_TAKES_PAGES = (Runstate.BASE, Runstate.PROTECTING, Runstate.COMMITTING)
+
+
+class StaleGeneration(CheckpointError):
+    """A newer generation of the guest is known here than the one that asks."""
+
+
+class ApplyError(CheckpointError):
+    """An acknowledged epoch could not be applied: the shell must never be revived."""
+
+
+class Outcome(Enum):
+    """How a session ended in good order."""
+
+    #: The protection was ended; the shell is gone.
+    STOPPED = "stopped"
+    #: The guest was handed over and runs here.
+    HANDED_OVER = "handed over"
+    #: The guest was handed over, could not be run, and was given back.
+    DECLINED = "declined"
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """An epoch that was acknowledged.
+
+    :ivar epoch: its number; 0 is the base copy, which cannot be run
+    :ivar state: the machine state
+    :ivar pages: pages in it
+    :ivar wire_bytes: frames with their headers
+    :ivar captured_at: when the guest was paused for it, on this host's ``time.monotonic()``
+    """
+
+    epoch: int
+    state: bytes
+    pages: int
+    wire_bytes: int
+    captured_at: float
+
+
+class Standby(Protocol):
+    """What the standby does for a session; never called concurrently for the same session."""
+
+    async def prepare(
+        self, description: Description, generation: int, options: dict[str, Any]
+    ) -> tuple[Shell, dict[str, Any]]:
+        """Build the shell; the second result goes to the primary.
+
+        The description is untrusted where the primary is.  Any :class:`CheckpointError` refuses,
+        with its sentence; :class:`StaleGeneration` says why in a way that a program understands.
+        """
+
+    async def committed(self, committed: Committed) -> None:
+        """An epoch is complete and verified; called before its ACK is sent."""
+
+    async def handover(self, generation: int, committed: Committed) -> dict[str, Any]:
+        """Own and revive the guest; the result goes to the primary.
+
+        :raise CheckpointError: the guest never ran here, nor will, and the shell is gone
+        """
+
+    async def stop(self, reason: str) -> None:
+        """The protection ends: remove the shell, for good."""
+
+
+class Receiver:
+    """The standby's end.
+
+    Whatever happens, after :meth:`run` no memory is being written, an epoch that was not complete
+    is dropped, and the shell holds exactly the epoch :attr:`committed`.
+
+    :ivar link: the connection
+    :ivar runstate: where the session is
+    :ivar shell: the shell, once prepared
+    :ivar description: the guest, once prepared
+    :ivar generation: the generation that the session protects
+    :ivar committed: the last acknowledged epoch; None before the base copy is complete
+    :ivar stood_down: whether the primary was or may have been told that this end never takes over
+    """
+
+    def __init__(self, link: Link, standby: Standby) -> None:
+        self.link = link
+        self.runstate = Runstate.GREETED
+        self.shell: Shell | None = None
+        self.description: Description | None = None
+        self.generation = 0
+        self.committed: Committed | None = None
+        self.stood_down = False
+        self._standby = standby
+        self._decoder = Decoder(0)
+        self._totals = Totals()
+        self._staged: list[Verified] = []
+        self._state: bytes | None = None
+        self._outcome: Outcome | None = None
+        self._halted = False
+        self._running = False
+        self._done = asyncio.Event()
+        self._handlers: dict[FrameType, tuple[tuple[Runstate, ...], _Handler]] = {
+            FrameType.PREPARE: ((Runstate.GREETED,), self._on_prepare),
+            FrameType.PAGES: (_TAKES_PAGES, self._on_pages),
+            FrameType.STATE: ((Runstate.PROTECTING, Runstate.COMMITTING), self._on_state),
+            FrameType.COMMIT: ((Runstate.BASE, Runstate.COMMITTING), self._on_commit),
+            FrameType.HANDOVER: ((Runstate.PROTECTING,), self._on_handover),
+            FrameType.STOP: ((Runstate.GREETED, *_TAKES_PAGES), self._on_stop),
+        }
+
+    async def run(self) -> Outcome:
+        """Serve the session to its end.
+
+        :raise LinkError: the connection ended; the primary is owed what was acknowledged
+        :raise ProtocolError: the primary broke the protocol, or the standby stood down for it
+        :raise ApplyError: an acknowledged epoch is only half in the shell
+        :raise CheckpointError: what :class:`Standby` raised; the primary was told
+        """
+        self._running = True
+        try:
+            while self._outcome is None:
+                frame = await self.link.receive()
+                if self._halted:
+                    raise self.link.error()
+                await self._handle(frame)
+            await self._goodbye()
+            return self._outcome
+        except CheckpointError as error:
+            self.link.end(error, self._code(error))
+            raise
+        finally:
+            failure = self.link.failure
+            lost = failure is None or isinstance(failure, LinkError)
+            self.stood_down = (
+                self._outcome in (Outcome.STOPPED, Outcome.DECLINED)
+                or isinstance(failure, PeerRefused)
+                or not lost
+            )
+            self.runstate = Runstate.CLOSED
+            self._staged.clear()
+            self.link.end(None)
+            self._done.set()
+
+    async def halt(self) -> None:
+        """Nothing is heard of the primary: end :meth:`run` now, which raises ``PeerSilent``.
+
+        Returns when it has ended: no memory is being written.
+        """
+        self._halted = True
+        self.link.end(PeerSilent(f"{self.link.peer_address} is silent"))
+        if self._running:
+            await self._done.wait()
+
+    def _code(self, error: CheckpointError) -> str:
+        """The code of the ERROR frame for an error of this end."""
+        if isinstance(error, ProtocolError):
+            return "protocol"
+        if isinstance(error, StaleGeneration):
+            return "stale"
+        return "refused" if self.runstate is Runstate.PREPARING else "internal"
+
+    async def _goodbye(self) -> None:
+        """Let the primary close first, so that no reset destroys the last answer on its way."""
+        try:
+            async with asyncio.timeout(GOODBYE_TIME):
+                await self.link.wait_closed()
+        except TimeoutError:
+            _log.info("%s did not close after the session", self.link.peer_address)
+
+    async def _work(self, size: int, call: Callable[..., T], *arguments: Any) -> T:
+        """Run a loop over ``size`` bytes where it disturbs least; cancelled only after its end."""
+        if size < INLINE:
+            return call(*arguments)
+        work = asyncio.get_running_loop().run_in_executor(None, lambda: call(*arguments))
+        try:
+            return await asyncio.shield(work)
+        finally:
+            while not work.done():
+                try:
+                    await asyncio.wait([work])
+                except asyncio.CancelledError:
+                    # The first one is on its way already; memory is still being written.
+                    continue
+
+    # ---- Frames ----
+
+    async def _handle(self, frame: Frame) -> None:
+        entry = self._handlers.get(frame.type)
+        if entry is None or self.runstate not in entry[0]:
+            raise ProtocolError(f"{frame.type.name} came while {self.runstate.value}")
+        await entry[1](frame)
+
+    async def _on_prepare(self, frame: Frame) -> None:
+        self.runstate = Runstate.PREPARING
+        fields = decode_json(frame)
+        self.description = _description(fields.fields("guest"))
+        self.generation = fields.integer("generation")
+        self.shell, detail = await self._standby.prepare(
+            self.description, self.generation, fields.mapping("options")
+        )
+        self._decoder = Decoder(self.description.pages)
+        if self.shell.memory.nbytes != self.description.pages * PAGE_SIZE:
+            raise CheckpointError(
+                f"the shell has {self.shell.memory.nbytes} bytes of memory, expected "
+                f"{self.description.pages} pages"
+            )
+        await self.link.send(FrameType.PREPARED, {"detail": detail})
+        self.runstate = Runstate.BASE
+
+    def _epoch(self, frame: Frame) -> int:
+        """The epoch of a frame, which must be the one that is due."""
+        due = 0 if self.committed is None else self.committed.epoch + 1
+        if frame.epoch != due:
+            raise ProtocolError(
+                f"{frame.type.name} of epoch {frame.epoch} came, expected epoch {due}"
+            )
+        return due
+
+    async def _on_pages(self, frame: Frame) -> None:
+        assert self.shell is not None
+        epoch = self._epoch(frame)
+        if self._state is not None:
+            raise ProtocolError(f"PAGES of epoch {epoch} came after its STATE")
+        size = len(frame.payload)
+        batch = await self._work(size, self._decoder.verify, frame.flags, frame.payload)
+        self._totals.add(size, frame.crc, batch.pages)
+        if epoch == 0:
+            await self._work(size, self._decoder.apply, batch, self.shell.memory)
+            return
+        self.runstate = Runstate.COMMITTING
+        if self._totals.pages > self._decoder.pages:
+            raise ProtocolError(f"epoch {epoch} has more pages than the guest")
+        self._staged.append(batch)
+
+    async def _on_state(self, frame: Frame) -> None:
+        epoch = self._epoch(frame)
+        if self._state is not None:
+            raise ProtocolError(f"STATE of epoch {epoch} came twice")
+        self.runstate = Runstate.COMMITTING
+        self._state = self._decoder.decode_state(frame.flags, frame.payload)
+        self._totals.add(len(frame.payload), frame.crc)
+
+    async def _on_commit(self, frame: Frame) -> None:
+        epoch = self._epoch(frame)
+        if epoch > 0 and self._state is None:
+            raise ProtocolError(f"COMMIT of epoch {epoch} came without its STATE")
+        age_ns = self._totals.compare(frame)
+        committed = Committed(
+            epoch=epoch,
+            state=self._state or b"",
+            pages=self._totals.pages,
+            wire_bytes=self._totals.wire_bytes,
+            # Nothing but heartbeats follows COMMIT, so this is when it came.
+            captured_at=self.link.last_heard - age_ns / 1e9,
+        )
+        await self._standby.committed(committed)
+        # From here the epoch counts: it is applied even if its ACK cannot be sent any more.
+        self.committed = committed
+        try:
+            self.link.put(FrameType.ACK, epoch=epoch)
+            await self.link.flush()
+        finally:
+            await self._apply(epoch)
+            self._totals = Totals()
+            self._state = None
+            self.runstate = Runstate.PROTECTING
+
+    async def _apply(self, epoch: int) -> None:
+        staged, self._staged = self._staged, []
+        try:
+            await self._work(sum(len(batch.body) for batch in staged), self._apply_all, staged)
+        except (ValueError, OSError) as error:
+            raise ApplyError(f"epoch {epoch} could not be applied: {error}") from error
+
+    def _apply_all(self, staged: list[Verified]) -> None:
+        assert self.shell is not None
+        for batch in staged:
+            self._decoder.apply(batch, self.shell.memory)
+
+    async def _on_handover(self, frame: Frame) -> None:
+        generation = decode_json(frame).integer("generation")
+        committed = self.committed
+        if committed is None or committed.epoch < 1 or frame.epoch != committed.epoch:
+            raise ProtocolError(f"HANDOVER of epoch {frame.epoch}, which is not the last")
+        if generation <= self.generation:
+            raise ProtocolError(f"HANDOVER to generation {generation}, after {self.generation}")
+        self.runstate = Runstate.HANDING_OVER
+        try:
+            detail = await self._standby.handover(generation, committed)
+        except CheckpointError as error:
+            self._outcome = Outcome.DECLINED
+            await self._answer(FrameType.DECLINED, {"message": str(error)}, frame.epoch)
+            return
+        self._outcome = Outcome.HANDED_OVER
+        running = {"generation": generation, "detail": detail}
+        await self._answer(FrameType.RUNNING, running, frame.epoch)
+
+    async def _on_stop(self, frame: Frame) -> None:
+        reason = decode_json(frame).text("reason")
+        self.runstate = Runstate.STOPPING
+        await self._standby.stop(reason)
+        self._outcome = Outcome.STOPPED
+        await self._answer(FrameType.STOPPED, {})
+
+    async def _answer(self, frame_type: FrameType, value: dict[str, Any], epoch: int = 0) -> None:
+        """Send the last answer.  What it says is a fact, whether or not the primary hears it."""
+        try:
+            await self.link.send(frame_type, value, epoch=epoch)
+        except CheckpointError as error:
+            _log.warning("%s did not reach the primary: %s", frame_type.name, error)
+
+
+def _description(untrusted_fields: Fields) -> Description:
+    return Description(
+        name=untrusted_fields.text("name"),
+        uuid=untrusted_fields.text("uuid"),
+        domid=untrusted_fields.integer("domid"),
+        vcpus=untrusted_fields.integer("vcpus", 1),
+        pages=untrusted_fields.integer("pages", 1, MAX_GUEST_PAGES),
+        driver=untrusted_fields.text("driver"),
+        detail=untrusted_fields.mapping("detail"),
+    )

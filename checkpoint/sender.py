@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The primary's end of a replication session (``docs/protocol.md``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from checkpoint.codec import Coded
+from checkpoint.driver import Description
+from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.link import Link
+from checkpoint.runstate import Runstate, StateError
+from checkpoint.wire import FrameType, Totals
+
+_FLUSH = 1 << 16
+"""Payloads of so many bytes are sent before the next is asked for."""
+
+
+class Declined(CheckpointError):
+    """The standby could not run the guest that was handed over, and has given it back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Figures of one acknowledged epoch.
+
+    :ivar wire_bytes: frames with their headers
+    :ivar send_ns: from the call until everything was handed to the kernel, or waits to be
+    :ivar ack_ns: from then until ACK
+    """
+
+    wire_bytes: int
+    send_ns: int
+    ack_ns: int
+
+
+class Sender:
+    """The primary's end.
+
+    :ivar link: the connection
+    :ivar runstate: where the session is
+    :ivar acked: number of the last acknowledged epoch, -1 before the base copy is complete
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.runstate = Runstate.GREETED
+        self.acked = -1
+        self._totals = Totals()
+
+    @asynccontextmanager
+    async def _step(
+        self, what: str, allowed: tuple[Runstate, ...], during: Runstate, after: Runstate
+    ) -> AsyncIterator[None]:
+        """Run states of one step; a step that is not completed leaves the session closed."""
+        if self.runstate not in allowed:
+            raise StateError(what, self.runstate, allowed)
+        self.runstate = during
+        try:
+            yield
+        except ProtocolError as error:
+            self._over(error, "protocol")
+            raise
+        except CheckpointError as error:
+            self._over(error)
+            raise
+        except BaseException:
+            # Cancelled, or the caller's iterable failed: the stream has a hole now.
+            self._over(None)
+            raise
+        self.runstate = after
+
+    def _over(self, error: CheckpointError | None, code: str = "") -> None:
+        self.runstate = Runstate.CLOSED
+        self.link.end(error, code)
+
+    async def prepare(
+        self, description: Description, generation: int, options: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Have the standby build the shell; what it says of it.
+
+        :raise PeerRefused: it cannot, with the reason
+        :raise CheckpointError: the connection failed
+        """
+        request = {
+            "guest": asdict(description),
+            "generation": generation,
+            "options": options or {},
+        }
+        state = Runstate.PREPARING
+        async with self._step("prepare", (Runstate.GREETED,), state, Runstate.BASE):
+            await self.link.send(FrameType.PREPARE, request)
+            _, fields = await self.link.expect(FrameType.PREPARED)
+            return fields.mapping("detail")
+
+    async def send_base(self, batches: Iterable[Coded]) -> int:
+        """Send batches of the base copy; the bytes they took, with their headers.
+
+        Returns when all are handed to the kernel, or few enough wait: the link sets the pace.
+        """
+        state = Runstate.BASE
+        before = self._totals.wire_bytes
+        async with self._step("send_base", (state,), state, state):
+            for batch in batches:
+                self._put_pages(0, batch)
+                await self.link.flush()
+        return self._totals.wire_bytes - before
+
+    async def finish_base(self) -> None:
+        """End the base copy; returns when the standby has all of it in the shell."""
+        state = Runstate.BASE
+        async with self._step("finish_base", (state,), state, Runstate.PROTECTING):
+            await self._commit(0, 0)
+            await self._await_ack(0)
+
+    async def send_epoch(
+        self, epoch: int, batches: Iterable[Coded], state: Coded, captured_ns: int
+    ) -> Sent:
+        """Send one epoch and wait until the standby has acknowledged it.
+
+        Once this returns, output of the epoch may leave.  If it raises, it must not: the standby
+        may have the epoch or not.
+
+        :param epoch: one more than :attr:`acked`
+        :param captured_ns: ``time.monotonic_ns()`` when the guest was paused for it
+        """
+        if epoch != self.acked + 1:
+            raise ValueError(f"epoch {epoch} after epoch {self.acked}")
+        begin = time.monotonic_ns()
+        allowed, during = (Runstate.PROTECTING,), Runstate.COMMITTING
+        async with self._step("send_epoch", allowed, during, Runstate.PROTECTING):
+            self._totals = Totals()
+            for batch in batches:
+                self._put_pages(epoch, batch)
+                if len(batch.payload) >= _FLUSH:
+                    await self.link.flush()
+            crc = self.link.put(FrameType.STATE, state.payload, flags=state.flags, epoch=epoch)
+            self._totals.add(len(state.payload), crc)
+            await self._commit(epoch, max(0, time.monotonic_ns() - captured_ns))
+            sent = time.monotonic_ns()
+            await self._await_ack(epoch)
+        return Sent(self._totals.wire_bytes, sent - begin, time.monotonic_ns() - sent)
+
+    def _put_pages(self, epoch: int, batch: Coded) -> None:
+        crc = self.link.put(FrameType.PAGES, batch.payload, flags=batch.flags, epoch=epoch)
+        self._totals.add(len(batch.payload), crc, batch.pages)
+
+    async def _commit(self, epoch: int, age_ns: int) -> None:
+        self.link.put(FrameType.COMMIT, self._totals.pack(age_ns), epoch=epoch)
+        await self.link.flush()
+
+    async def _await_ack(self, epoch: int) -> None:
+        frame = await self.link.receive()
+        if frame.type is not FrameType.ACK or frame.epoch != epoch:
+            raise ProtocolError(
+                f"{frame.type.name} of epoch {frame.epoch} came, expected ACK of epoch {epoch}"
+            )
+        self.acked = epoch
+
+    async def handover(self, generation: int) -> dict[str, Any]:
+        """Give the guest, paused since the last acknowledged epoch, to the standby.
+
+        :param generation: the one that begins
+        :return: what the standby says of the running guest; this host's copy must be destroyed
+        :raise Declined: the standby has given it back: it never ran there, nor will
+        :raise CheckpointError: the connection failed and the owner is unknown: this host's copy
+            must stay paused until :meth:`checkpoint.lifeline.Lifeline.inquire` was answered
+        """
+        if self.acked < 1:
+            raise ValueError("no epoch was acknowledged that could be handed over")
+        allowed, during = (Runstate.PROTECTING,), Runstate.HANDING_OVER
+        async with self._step("handover", allowed, during, Runstate.CLOSED):
+            await self.link.send(FrameType.HANDOVER, {"generation": generation}, epoch=self.acked)
+            frame, fields = await self.link.expect(FrameType.RUNNING, FrameType.DECLINED)
+            if frame.epoch != self.acked:
+                raise ProtocolError(f"{frame.type.name} is of epoch {frame.epoch}")
+            if frame.type is FrameType.DECLINED:
+                raise Declined(fields.text("message"))
+            if fields.integer("generation") != generation:
+                raise ProtocolError("RUNNING is of another generation")
+            detail = fields.mapping("detail")
+        await self.link.close()
+        return detail
+
+    async def stop(self, reason: str) -> None:
+        """End the protection: returns when the standby has removed the shell, for good.
+
+        :raise CheckpointError: the connection failed; whether the standby stood down is unknown
+        """
+        allowed = (Runstate.GREETED, Runstate.BASE, Runstate.PROTECTING)
+        async with self._step("stop", allowed, Runstate.STOPPING, Runstate.CLOSED):
+            await self.link.send(FrameType.STOP, {"reason": reason})
+            await self.link.expect(FrameType.STOPPED)
+        await self.link.close()
+
+    async def close(self) -> None:
+        """Close without a word: the standby keeps what it has (idempotent)."""
+        self.runstate = Runstate.CLOSED
+        await self.link.close()
