@@ -544,14 +544,11 @@ class Standby:
         _demand(
             self._claimed
             == (
-                self.state
-                in (StandbyState.TAKING_OVER, StandbyState.RUNNING, StandbyState.FAILED)
+                self.state in (StandbyState.TAKING_OVER, StandbyState.RUNNING, StandbyState.FAILED)
             ),
             "runs the guest without a claim",
         )
-        _demand(
-            self.state is not StandbyState.COPYING or self.complete == 0, "ready, yet copying"
-        )
+        _demand(self.state is not StandbyState.COPYING or self.complete == 0, "ready, yet copying")
 
     @_event
     def committed(self, epoch: int) -> Actions:
@@ -560,9 +557,7 @@ class Standby:
             # Its ack would let output of a guest leave that this host has taken or given up.
             return [Discard()]
         if epoch != self.complete + 1:
-            raise EpochError(
-                "commit", self.state, f"epoch {epoch}, expected {self.complete + 1}"
-            )
+            raise EpochError("commit", self.state, f"epoch {epoch}, expected {self.complete + 1}")
         self.state = StandbyState.READY
         self.complete = self.acked = self.applied = epoch
         return [Ack(epoch), Apply(epoch)]

@@ -13,7 +13,9 @@ from typing import Any
 
 from checkpoint.driver import Hypervisor
 from checkpoint.errors import CheckpointError
-from checkpoint.link import Hello, Link, LinkOptions, PeerClosed, connect
+from checkpoint.hello import Hello
+from checkpoint.link import Link, LinkOptions, PeerClosed
+from checkpoint.network import connect
 from kemari import __version__
 from kemari.config import Address, Config, Tls
 from kemari.errors import ConfigError, KemariError, PeerUnreachable
@@ -21,7 +23,7 @@ from kemari.journal import Journal
 from kemari.ledger import Ledger
 from kemari.output import Network
 
-#: As :func:`checkpoint.link.connect`.
+#: As :func:`checkpoint.network.connect`.
 Dial = Callable[[str, int, Hello, LinkOptions], Awaitable[Link]]
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
@@ -85,6 +87,18 @@ class Host:
         self.tasks.add(task)
         task.add_done_callback(self._reap)
         return task
+
+    def spawn_quiet(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """As :meth:`spawn`, for work whose errors are told to whoever asked for it."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it was said where it was raised
 
     def _reap(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)

@@ -28,8 +28,8 @@ class Output(Protocol):
     def release_all(self) -> None:
         """Let everything leave, held and future."""
 
-    def backlog(self) -> int:
-        """Bytes held."""
+    def full(self) -> bool:
+        """Whether so much is held that the guest must wait."""
 
     def fileno(self) -> int:
         """A descriptor that is readable once a frame was held (see :meth:`drain`)."""
@@ -47,7 +47,7 @@ class Network(Protocol):
     def output(self, nics: Sequence[Nic], limit: int) -> Output:
         """The buffer for the frames of ``nics``; not yet holding.
 
-        :param limit: bytes that it must be able to hold
+        :param limit: bytes of memory for held frames from which on it counts as full
         """
 
     def leftovers(self) -> list[str]:
@@ -60,5 +60,5 @@ class Network(Protocol):
         :return: what was found, as a clause; "" if nothing
         """
 
-    def announce(self, nics: Sequence[Nic]) -> None:
+    async def announce(self, nics: Sequence[Nic]) -> None:
         """Tell the network that the addresses of ``nics`` are here now."""

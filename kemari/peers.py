@@ -214,9 +214,7 @@ class Peers:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
 
-    async def _ask(
-        self, lifeline: Lifeline, guest: str, generation: int, timeout: float
-    ) -> Answer:
+    async def _ask(self, lifeline: Lifeline, guest: str, generation: int, timeout: float) -> Answer:
         try:
             owner = await lifeline.stand_down(guest, generation, timeout)
         except CheckpointError as error:

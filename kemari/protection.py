@@ -20,8 +20,9 @@ from typing import Any, Final
 from checkpoint.codec import Encoder
 from checkpoint.driver import Captured, Source, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent
-from checkpoint.link import Link
-from checkpoint.session import Declined, Sender
+from checkpoint.link import Link, PeerRefused
+from checkpoint.runstate import StateError
+from checkpoint.sender import Declined, Sender
 from kemari import epoch
 from kemari.config import Address
 from kemari.copying import Progress, base_copy
@@ -100,6 +101,8 @@ class Protection:
         self.since = time.time()
         self._host = host
         self._peers = peers
+        self._establishing: asyncio.Task[Any] | None = None
+        self._cancelled = ""
         self._loop = asyncio.get_running_loop()
         self._further: tuple[Address, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,14 +129,21 @@ class Protection:
         :raise CheckpointError, KemariError: it cannot be; the guest runs on as before, nothing of
             the protection is left on either host
         """
+        self._establishing = asyncio.current_task()
         try:
             await self._prepare()
             await self._copy(report)
             await self._begin()
-        except BaseException as error:
-            if not self.ended.is_set():
-                await self._undo(error)
+        except asyncio.CancelledError:
+            await self._undo(self._cancelled or "kemarid stops")
+            if self._cancelled:
+                raise Refused(f"{self.guest}: {self._cancelled}") from None
             raise
+        except BaseException as error:
+            await self._undo(str(error) or type(error).__name__)
+            raise
+        finally:
+            self._establishing = None
         # From here on the machine answers for what becomes of the guest.
         await _first(self.protected.wait(), self.ended.wait())
         if not self.protected.is_set():
@@ -157,6 +167,13 @@ class Protection:
             )
         if self.machine.state is PrimaryState.MOVED:
             raise Refused(f"{self.guest} runs on {self.standby} since it took over")
+
+    async def cancel(self, reason: str) -> None:
+        """End a protection that is still coming about; returns when nothing of it is left."""
+        if self._establishing is not None:
+            self._cancelled = reason
+            self._establishing.cancel()
+        await self.ended.wait()
 
     async def failover(self) -> None:
         """Move the guest to its standby, planned; returns when it runs there.
@@ -235,6 +252,16 @@ class Protection:
         """The generation after all that either host knows; also asks who owns the guest."""
         own = self._host.ledger.generation(self.uuid)
         answer = await self._peers.inquire(address, self.uuid, own)
+        if answer.state == "standby":
+            # What an earlier protection by this host left there: the guest runs here.
+            await self._peers.ask_to_stand_down(
+                self.standby_id,
+                (address,),
+                self.uuid,
+                answer.generation,
+                self._host.config.heartbeat * PATIENCE,
+            )
+            answer = await self._peers.inquire(address, self.uuid, own)
         if answer.state in OWNING and answer.generation >= own:
             raise Refused(
                 f"{self.standby} is {answer.state} of {self.guest} in generation "
@@ -285,9 +312,9 @@ class Protection:
         self._spawn(self._await_close(self._link), "link")
         self._do(self.machine.begin())
 
-    async def _undo(self, error: BaseException) -> None:
+    async def _undo(self, why: str) -> None:
         """Remove what a start that failed has built; the guest goes on."""
-        self.why = str(error) or type(error).__name__
+        self.why = why
         if self._output is not None:
             with contextlib.suppress(ValueError):
                 self._loop.remove_reader(self._output.fileno())
@@ -298,7 +325,7 @@ class Protection:
             try:
                 async with asyncio.timeout(self._host.config.heartbeat * PATIENCE):
                     await self._sender.stop(self.why)
-            except (CheckpointError, TimeoutError) as failure:
+            except (CheckpointError, StateError, TimeoutError) as failure:
                 log.info("%s: the standby was not told of the end: %s", self.guest, failure)
         record = self._host.ledger.get(self.uuid)
         if record and record.role is Role.PRIMARY and record.generation == self.generation:
@@ -321,7 +348,7 @@ class Protection:
         self._do(self.machine.output_held())
 
     def _check_backlog(self, output: Output) -> None:
-        if output.backlog() >= self._host.config.buffer_limit and not self.machine.stalled:
+        if not self.machine.stalled and output.full():
             self._do(self.machine.buffer_full())
 
     def _on_interval(self) -> None:
@@ -329,16 +356,20 @@ class Protection:
         self.statistics.by_interval += 1
         self._do(self.machine.interval_elapsed())
 
-    def _link_lost(self, why: str) -> None:
+    def _link_lost(self, why: str, error: CheckpointError | None = None) -> None:
         if self.machine.state in (PrimaryState.PROTECTED, PrimaryState.HANDING_OVER):
             self.lost = True
             self.why = why
-            self.note("standby-lost", f"{self.guest}: {why}; its output is held until that is clear")
+            self.note(
+                "standby-lost", f"{self.guest}: {why}; its output is held until that is clear"
+            )
+        if isinstance(error, PeerRefused) and self.machine.state is not PrimaryState.COPYING:
+            self._do(self.machine.stood_down())  # docs/protocol.md: ERROR is such a promise
         self._do(self.machine.link_lost())
 
     async def _await_close(self, link: Link) -> None:
         error = await link.wait_closed()
-        self._link_lost(f"the link to {self.standby} ended: {error or 'closed'}")
+        self._link_lost(f"the link to {self.standby} ended: {error or 'closed'}", error)
 
     async def _watch(self) -> None:
         """Judge the standby's life at a steady pace."""
@@ -353,8 +384,10 @@ class Protection:
             now = time.monotonic()
             verdict = watch.tick(now)
             if verdict is not Verdict.ALIVE and not self._link.closed:
-                what = "is silent on every path" if verdict is Verdict.DEAD else (
-                    "is silent on the replication link but alive on another path"
+                what = (
+                    "is silent on every path"
+                    if verdict is Verdict.DEAD
+                    else ("is silent on the replication link but alive on another path")
                 )
                 if self.machine.state is PrimaryState.COPYING:
                     await self._link.fail("silent", f"{self.standby} {what}")
@@ -448,9 +481,7 @@ class Protection:
         assert self._source
         self._captured_ns = time.monotonic_ns()
         try:
-            return self._source.capture(
-                self._staging, self._close_output, leave_paused=keep_paused
-            )
+            return self._source.capture(self._staging, self._close_output, leave_paused=keep_paused)
         except Exception as error:  # noqa: BLE001 - judged by the caller, in the loop's thread
             return error
 
@@ -512,7 +543,7 @@ class Protection:
             state = self._encoder.encode_state(self._staging.state)
             sent = await self._sender.send_epoch(number, batches, state, self._captured_ns)
         except CheckpointError as error:
-            self._link_lost(f"a checkpoint did not reach {self.standby}: {error}")
+            self._link_lost(f"a checkpoint did not reach {self.standby}: {error}", error)
             return
         self.statistics.wire_bytes.add(sent.wire_bytes)
         self.statistics.total_bytes += sent.wire_bytes
@@ -576,8 +607,10 @@ class Protection:
             return False
         try:
             async with asyncio.timeout(self._host.config.heartbeat * PATIENCE):
+                if self._send_task is not None:
+                    await asyncio.wait({self._send_task})
                 await self._sender.stop(self.why)
-        except (CheckpointError, TimeoutError) as error:
+        except (CheckpointError, StateError, TimeoutError) as error:
             log.info("%s: no answer to stop over the link: %s", self.guest, error)
             return False
         return True
@@ -639,7 +672,7 @@ class Protection:
         """One step of an ending: when it fails, say so and go on with the others."""
         try:
             await asyncio.to_thread(functools.partial(call, **arguments))
-        except Exception as error:  # noqa: BLE001 - a step left out would harm more
+        except Exception as error:
             log.debug("%s: %s", self.guest, what, exc_info=error)
             self.note("trouble", f"{self.guest}: could not {what}: {error}")
 
@@ -683,4 +716,3 @@ async def _first(*waits: Any) -> None:
     finally:
         for task in tasks:
             task.cancel()
-

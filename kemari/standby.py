@@ -19,8 +19,8 @@ from typing import Any, Final, Protocol
 from checkpoint.driver import Description, Shell
 from checkpoint.errors import CheckpointError, ReviveError
 from checkpoint.lifeline import Owner
-from checkpoint.link import Link, PeerClosed, PeerRefused, PeerSilent
-from checkpoint.session import Committed, Receiver
+from checkpoint.link import Link, PeerClosed, PeerSilent
+from checkpoint.receiver import Committed, Receiver, StaleGeneration
 from kemari import epoch
 from kemari.config import Address
 from kemari.epoch import Standby, StandbyState
@@ -108,6 +108,18 @@ class StandbySession:
         promised = any(isinstance(action, epoch.PromiseStoodDown) for action in actions)
         return None if promised else self.owner()
 
+    async def leave(self, why: str) -> None:
+        """The daemon ends: stand down and say so, so that nobody waits for this host."""
+        async with self._deciding:
+            if self.machine.over:
+                return
+            self.why = why
+            actions = self.machine.link_dead()
+            await self._record_end()
+            await self._link.fail("internal", why)  # ERROR promises that this host stood down
+        await self._receiver.halt()
+        await self._do(actions)
+
     def owner(self) -> Owner:
         """Who this host is to the guest."""
         match self.machine.state:
@@ -164,7 +176,7 @@ class StandbySession:
             raise CheckpointError(f"{untrusted.pages} pages of guest memory are not possible")
         known = host.ledger.generation(description.uuid)
         if generation <= known:
-            raise CheckpointError(
+            raise StaleGeneration(
                 f"generation {generation} of {description.name} is over; {known} is known on "
                 f"{host.config.host}"
             )
@@ -246,7 +258,7 @@ class StandbySession:
     async def _receive(self) -> None:
         try:
             outcome = await self._receiver.run()
-            log.info("%s: session %s", self.guest or self.primary, outcome)
+            log.info("%s: session %s", self.guest or self.primary, outcome.value)
         except CheckpointError as error:
             await self._receiver_ended(error)
         if self._shell is None or self.machine.state in (
@@ -262,8 +274,8 @@ class StandbySession:
             if self.machine.over:
                 return
             self.why = f"the link to {self.primary} ended: {error}"
-            if not isinstance(error, PeerClosed | PeerRefused):
-                # What went wrong is here, or the primary was told so: this copy is of no more use.
+            if self._receiver.stood_down or not isinstance(error, PeerClosed):
+                # The primary was told so, or cannot be told any more what went wrong here.
                 await self._do(self.machine.link_dead())
                 return
             if self.machine.state is StandbyState.READY:
@@ -315,9 +327,7 @@ class StandbySession:
         await self._receiver.halt()
         async with self._deciding:
             if not self.machine.over:
-                self.why = (
-                    f"the replication link to {self.primary} is silent but its host lives"
-                )
+                self.why = f"the replication link to {self.primary} is silent but its host lives"
             await self._do(self.machine.link_dead())
 
     # ---- Section: actions ----
@@ -361,7 +371,7 @@ class StandbySession:
             )
             elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
             await asyncio.to_thread(shell.revive, committed.state, elapsed)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the guest does not run here
+        except Exception as error:
             log.debug("%s: revive failed", self.guest, exc_info=error)
             self._revive_error = error
             self.why = f"{self.guest} could not be brought to life: {error}"
@@ -369,7 +379,7 @@ class StandbySession:
             return self.machine.revive_failed()
         revived = time.monotonic() - started
         actions = self.machine.revived()
-        await self._announce(shell)
+        host.spawn(self._announce(shell), f"{self.guest}: announce")
         self.note(
             "takeover",
             f"{host.config.host} runs {self.guest} from epoch {committed.epoch} since generation "
@@ -384,24 +394,20 @@ class StandbySession:
 
     async def _announce(self, shell: Shell) -> None:
         try:
-            await asyncio.to_thread(self._host.network.announce, shell.nics)
+            await self._host.network.announce(shell.nics)
         except Exception as error:  # noqa: BLE001 - the guest runs; its first frame announces it too
             self.note("trouble", f"the addresses of {self.guest} could not be announced: {error}")
 
-    async def _destroy_shell(self) -> None:
-        if self.uuid:
-            await _attempt(
-                self,
-                "record the end",
-                asyncio.to_thread(
-                    functools.partial(
-                        self._host.ledger.update,
-                        self.uuid,
-                        role=Role.RELEASED,
-                        reason=self.why,
-                    )
-                ),
+    async def _record_end(self) -> None:
+        record = self._host.ledger.get(self.uuid)
+        if record is not None and record.role is not Role.RELEASED:
+            update = functools.partial(
+                self._host.ledger.update, self.uuid, role=Role.RELEASED, reason=self.why
             )
+            await _attempt(self, "record the end", asyncio.to_thread(update))
+
+    async def _destroy_shell(self) -> None:
+        await self._record_end()
         if self._shell is not None:
             await _attempt(self, "remove the shell", asyncio.to_thread(self._shell.destroy))
         self.note("stood-down", f"no longer stands by for {self.guest}: {self.why}")
@@ -411,6 +417,6 @@ class StandbySession:
 async def _attempt(session: StandbySession, what: str, work: Awaitable[Any]) -> None:
     try:
         await work
-    except Exception as error:  # noqa: BLE001 - a step left out would harm more
+    except Exception as error:
         log.debug("%s: %s", session.guest, what, exc_info=error)
         session.note("trouble", f"{session.guest}: could not {what}: {error}")

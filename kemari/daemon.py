@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kemarid``: joins everything on one host."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from checkpoint.driver import Hypervisor
+from checkpoint.errors import CheckpointError
+from checkpoint.lifeline import Lifeline, Owner
+from checkpoint.link import Link, LinkOptions
+from checkpoint.network import Listener, connect, listen
+from kemari import __version__
+from kemari.config import Address, Config
+from kemari.control import ControlServer
+from kemari.epoch import PrimaryState
+from kemari.errors import KemariError, NoSuchProtection, Refused
+from kemari.host import WILDCARDS, Dial, Host, load_host_id, tls_contexts
+from kemari.journal import Journal
+from kemari.ledger import Ledger, Record, Role, answer_to_stand_down
+from kemari.output import Network
+from kemari.peers import Peers
+from kemari.protection import Options, Protection
+from kemari.recovery import Recovery, clean
+from kemari.requests import Requests
+from kemari.standby import StandbySession
+
+log = logging.getLogger(__name__)
+
+#: Seconds before a protection that was lost is tried again, doubled up to the limit.
+AGAIN: Final = 5.0
+AGAIN_LIMIT: Final = 60.0
+
+
+class Daemon:
+    """One host's daemon.
+
+    :param dial: opens connections to peers
+    :ivar protections: guests that this host runs and protects, or did until the standby was lost
+    :ivar sessions: guests that other hosts protect to this one, by UUID
+    :ivar recoveries: guests whose owner is asked for, by name
+    """
+
+    def __init__(
+        self, config: Config, hypervisor: Hypervisor, network: Network, *, dial: Dial = connect
+    ) -> None:
+        server_tls, client_tls = tls_contexts(config.tls)
+        self.host = Host(
+            config=config,
+            hypervisor=hypervisor,
+            network=network,
+            ledger=Ledger(config.paths.ledger),
+            journal=Journal(config.paths.log, config.host),
+            host_id=load_host_id(config.paths.state / "host-id"),
+            dial=dial,
+            advertised=_advertised(config),
+            ssl_client=client_tls,
+        )
+        self.peers = Peers(self.host, self)
+        self.protections: dict[str, Protection] = {}
+        self.sessions: dict[str, StandbySession] = {}
+        self.recoveries: dict[str, Recovery] = {}
+        self._again: dict[str, asyncio.Task[None]] = {}
+        self._ssl_server = server_tls
+        self._listener: Listener | None = None
+        self._control = ControlServer(config.paths.socket, Requests(self).handle)
+        self._closing = False
+
+    # ---- Section: life ----
+
+    async def start(self) -> None:
+        """Clean up, listen, serve; on return the daemon is ready.
+
+        :raise CheckpointError, KemariError: an address or the control socket cannot be had
+        """
+        config = self.host.config
+        asked = await clean(self.host)
+        addresses = dict.fromkeys((*config.listen, *config.also))
+        wildcard = {each.port for each in addresses if each.host in WILDCARDS}
+        self._listener = await listen(
+            [
+                (each.host, each.port)
+                for each in addresses
+                if each.host in WILDCARDS or each.port not in wildcard
+            ],
+            self.host.hello("liveness"),
+            self._accepted,
+            LinkOptions(ssl=self._ssl_server),
+        )
+        try:
+            await self._control.start()
+        except BaseException:
+            await self._listener.close()
+            raise
+        for record in asked:
+            self.recoveries[record.guest] = Recovery(self.host, self.peers, record)
+            self.host.spawn(self._recover(record), f"{record.guest}: recovery")
+        for record in self.host.ledger:
+            if record.role is Role.OWNER and record.options.get("resume"):
+                self._protect_again(record, at_once=True)
+        self.host.journal.note("", "daemon", f"kemarid {__version__} is ready")
+
+    async def close(self) -> None:
+        """End in good order: standbys are told, output is released, shells are removed."""
+        self._closing = True
+        for task in self._again.values():
+            task.cancel()
+        for protection in list(self.protections.values()):
+            if not protection.machine.over:
+                try:
+                    await self._end(protection, "kemarid stops")
+                    self._remember_to_resume(protection.uuid)
+                except (CheckpointError, KemariError) as error:
+                    self.host.journal.note(protection.guest, "trouble", str(error))
+        for session in list(self.sessions.values()):
+            await session.leave("kemarid stops")
+        await self._control.close()
+        if self._listener is not None:
+            await self._listener.close()
+        self.host.journal.note("", "daemon", "kemarid stops")
+        for task in list(self.host.tasks):
+            task.cancel()
+        await asyncio.gather(*self.host.tasks, return_exceptions=True)
+
+    def _remember_to_resume(self, uuid: str) -> None:
+        record = self.host.ledger.get(uuid)
+        if record is not None and self.host.config.resume:
+            self.host.ledger.update(uuid, options=record.options | {"resume": True})
+
+    # ---- Section: protecting ----
+
+    async def protect(
+        self, domain: str, standby: tuple[Address, ...], options: Options
+    ) -> Protection:
+        """Make a protection, not yet established.
+
+        :raise Refused: the domain is protected already, or its owner is unknown
+        """
+        name = await self.name_of(domain)
+        known = self.protections.get(name)
+        if known is not None and not known.machine.over:
+            raise Refused(f"{name} is {known.state} already, to {known.standby}")
+        if name in self.recoveries:
+            raise Refused(f"{name} is asked for at {self.recoveries[name].record.peer} just now")
+        self._forget_again(name)
+        protection = Protection(self.host, self.peers, domain, standby, options)
+        self.protections[name] = protection
+        protection.guest = name
+        self.host.spawn(self._follow(name, protection), f"{name}: follow")
+        return protection
+
+    async def name_of(self, domain: str) -> str:
+        """The name of a domain given by name or number; unknown ones as they are."""
+        if domain.isdecimal():
+            for number, name in await asyncio.to_thread(self.host.hypervisor.domains):
+                if str(number) == domain:
+                    return name
+        return domain
+
+    async def _follow(self, name: str, protection: Protection) -> None:
+        """After a protection ended, forget it, or see to it that it is tried again."""
+        await protection.ended.wait()
+        if self._closing or self.protections.get(name) is not protection:
+            return
+        if protection.lost and protection.machine.state is PrimaryState.UNPROTECTED:
+            record = self.host.ledger.get(protection.uuid)
+            if record is not None and self.host.config.resume:
+                self._protect_again(record)
+        else:
+            del self.protections[name]
+
+    async def stop(self, name: str, *, force: bool = False) -> str:
+        """End the protection of a guest; the sentence that says what was done.
+
+        :raise NoSuchProtection: there is none
+        """
+        waiting = self._forget_again(name)
+        protection = self.protections.get(name)
+        if protection is None or protection.machine.over:
+            self.protections.pop(name, None)
+            if not waiting:
+                raise NoSuchProtection(f"{name} is not protected on {self.host.config.host}")
+            return f"{name} is not protected again"
+        await self._end(protection, "stopped, as asked", force=force)
+        return f"{name} is no longer protected; its output flows freely"
+
+    async def _end(self, protection: Protection, reason: str, *, force: bool = False) -> None:
+        if protection.machine.state is PrimaryState.COPYING:
+            await protection.cancel(reason)
+        else:
+            await protection.stop(reason, force=force)
+
+    def _forget_again(self, name: str) -> bool:
+        task = self._again.pop(name, None)
+        if task is not None:
+            task.cancel()
+        return task is not None
+
+    def _protect_again(self, record: Record, *, at_once: bool = False) -> None:
+        self._forget_again(record.guest)
+        self._again[record.guest] = self.host.spawn(
+            self._keep_trying(record, 0.0 if at_once else AGAIN), f"{record.guest}: again"
+        )
+
+    async def _keep_trying(self, record: Record, delay: float) -> None:
+        """Protect a guest again, with the options that it had, as soon as its standby is back."""
+        guest, said = record.guest, ""
+        options = Options(**{key: record.options[key] for key in Options.__dataclass_fields__})
+        standby = tuple(
+            self.host.config.resolve_peer(each)[0] for each in record.options["standby"]
+        )
+        while await asyncio.to_thread(self.host.hypervisor.domain_exists, guest):
+            await asyncio.sleep(delay)
+            task = self._again.pop(guest, None)
+            try:
+                protection = await self.protect(guest, standby, options)
+                await protection.establish()
+            except (CheckpointError, KemariError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    self.host.journal.note(
+                        guest, "unprotected", f"{guest} is still UNPROTECTED: {said}"
+                    )
+            else:
+                return
+            if task is not None:
+                self._again[guest] = task
+            delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT)
+
+    async def _recover(self, record: Record) -> None:
+        recovery = self.recoveries[record.guest]
+        try:
+            resolved = await recovery.resolve()
+        finally:
+            del self.recoveries[record.guest]
+        if resolved.role is Role.OWNER:
+            if self.host.config.resume:
+                self._protect_again(resolved, at_once=True)
+            else:
+                self.host.journal.note(
+                    record.guest, "unprotected", f"protection of {record.guest} is off"
+                )
+
+    # ---- Section: standing by ----
+
+    async def _accepted(self, link: Link) -> None:
+        if link.peer.role == "liveness":
+            await self.peers.serve(Lifeline(link, self))
+            return
+        session = StandbySession(self.host, self.peers, link, self)
+        # A session outlives its connection, and a takeover outlives the listener's tasks.
+        await asyncio.shield(self.host.spawn(self._serve(session), f"standby of {link.peer.host}"))
+
+    async def _serve(self, session: StandbySession) -> None:
+        try:
+            await session.run()
+        finally:
+            if self.sessions.get(session.uuid) is session:
+                del self.sessions[session.uuid]
+
+    def claim(self, uuid: str, name: str, session: StandbySession) -> None:
+        """See :class:`kemari.standby.Registry`."""
+        host = self.host.config.host
+        taken = any(uuid == other.uuid or name == other.guest for other in self.sessions.values())
+        protection = self.protections.get(name)
+        if taken:
+            raise CheckpointError(f"{host} stands by for {name} already")
+        if (protection and not protection.machine.over) or name in self.recoveries:
+            raise CheckpointError(f"{host} runs {name} itself; expected another guest")
+        self.sessions[uuid] = session
+
+    # ---- Section: answers to other hosts (checkpoint.lifeline.Answers) ----
+
+    async def owner(self, guest: str, generation: int) -> Owner:
+        """Who this host is to ``guest`` (UUID)."""
+        session = self.sessions.get(guest)
+        if session is not None:
+            return session.owner()
+        for protection in self.protections.values():
+            if protection.uuid == guest and not protection.machine.over:
+                return Owner(guest, protection.generation, "primary")
+        record = self.host.ledger.get(guest)
+        if record is None:
+            return Owner(guest, 0, "none")
+        owning = record.role in (Role.OWNER, Role.PRIMARY)
+        if owning and await asyncio.to_thread(self.host.hypervisor.domain_exists, record.guest):
+            return Owner(guest, record.generation, "running" if record.came_from else "primary")
+        return Owner(guest, record.generation, "none")
+
+    async def stand_down(self, guest: str, generation: int) -> Owner | None:
+        """Give up every generation of ``guest`` up to ``generation``."""
+        session = self.sessions.get(guest)
+        if session is not None:
+            if session.generation > generation:
+                return session.owner()
+            return await session.stand_down("the primary asked to")
+        runs, since = answer_to_stand_down(self.host.ledger.get(guest), generation)
+        return Owner(guest, since, "running") if runs else None
+
+    async def alive(self, guest: str, generation: int) -> None:
+        """The peer says that the guest runs there; its bytes were evidence enough."""
+        log.debug("%s runs at its primary in generation %d", guest, generation)
+
+
+def _advertised(config: Config) -> tuple[str, ...]:
+    return tuple(str(each) for each in dict.fromkeys((*config.listen, *config.also)))

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a restarted daemon does about guests that were protected when the last one died.
+
+The kernel has kept their output held.  Nothing is let go, and nothing is destroyed, before the peer
+has said which copy is the guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from checkpoint.errors import CheckpointError
+from kemari.config import parse_address
+from kemari.host import Host
+from kemari.ledger import Duty, LedgerError, Record, Role, duty_at_start
+from kemari.peers import Answer, Peers
+from kemari.protection import PATIENCE, RESTART_PATIENCE
+
+log = logging.getLogger(__name__)
+
+#: Seconds between questions to a peer that does not answer, when nothing waits for the answer.
+PATIENT_PACE = 5.0
+
+
+class Recovery:
+    """One guest whose ownership is unknown until the peer has answered.
+
+    :ivar record: what the ledger says
+    :ivar resolved: the record after the answer; None until then
+    """
+
+    def __init__(self, host: Host, peers: Peers, record: Record) -> None:
+        self.record = record
+        self.resolved: Record | None = None
+        self._host = host
+        self._peers = peers
+        self._addresses = tuple(parse_address(text) for text in record.addresses)
+
+    def status(self) -> dict[str, Any]:
+        """What ``kemari status`` shows meanwhile."""
+        record = self.record
+        return {
+            "guest": record.guest,
+            "uuid": record.uuid,
+            "role": "primary" if record.role is Role.PRIMARY else "moved",
+            "state": "asking",
+            "protected": False,
+            "peer": record.peer,
+            "generation": record.generation,
+            "since": round(record.changed, 3),
+            "why": f"kemarid was restarted; {record.peer} has not yet said who owns the guest",
+        }
+
+    async def resolve(self) -> Record:
+        """Ask until it is certain, or until the policy decides; then act.
+
+        :return: the new record: role OWNER (the guest is this host's) or MOVED
+        """
+        record, host = self.record, self._host
+        here = await asyncio.to_thread(host.hypervisor.domain_exists, record.guest)
+        self._note(
+            "restarted",
+            f"kemarid was restarted; {record.peer} is asked who owns {record.guest}"
+            + (", its output stays held until then" if here else ""),
+        )
+        answer = await self._ask(here)
+        if answer.runs_since:
+            return await self._give_up(answer.runs_since, here)
+        return await self._keep(here, answer.stood_down)
+
+    async def _ask(self, here: bool) -> Answer:
+        host, record = self._host, self.record
+        loop = asyncio.get_running_loop()
+        heartbeat = host.config.heartbeat
+        started, said = loop.time(), False
+        while True:
+            answer = await self._peers.ask_to_stand_down(
+                str(record.options.get("peer_id", "")),
+                self._addresses,
+                record.uuid,
+                record.generation,
+                heartbeat,
+            )
+            if answer.conclusive:
+                return answer
+            waited = loop.time() - started
+            may_release = (
+                here
+                and record.role is Role.PRIMARY
+                and host.config.on_standby_loss == "release"
+                and waited >= (RESTART_PATIENCE if answer.alive else heartbeat * PATIENCE)
+            )
+            if may_release:
+                return answer
+            if not said and waited >= RESTART_PATIENCE:
+                said = True
+                self._note("holding", f"{record.peer} gives no answer; it will be asked on")
+            await asyncio.sleep(heartbeat / 4 if waited < RESTART_PATIENCE else PATIENT_PACE)
+
+    async def _keep(self, here: bool, promised: bool) -> Record:
+        record = self.record
+        why = (
+            f"{record.peer} stood down"
+            if promised
+            else f"{record.peer} gives no answer and on_standby_loss is release"
+        )
+        if here:
+            await self._let_run()
+        await self._reclaim(release=True)
+        what = "runs on here UNPROTECTED" if here else "runs on neither host"
+        self._note("unprotected", f"{record.guest} {what} ({why})")
+        return await self._put(Role.OWNER, record.generation, why)
+
+    async def _let_run(self) -> None:
+        """A daemon that was killed in the middle of a capture has left the guest paused."""
+        try:
+            source = await asyncio.to_thread(self._host.hypervisor.open_source, self.record.guest)
+            await asyncio.to_thread(source.unpause)
+            await asyncio.to_thread(source.untrack)
+        except CheckpointError as error:
+            self._note("trouble", f"{self.record.guest} could not be looked at: {error}")
+
+    async def _give_up(self, generation: int, here: bool) -> Record:
+        record, host = self.record, self._host
+        why = f"{record.peer} runs it since generation {generation}"
+        resolved = await self._put(Role.MOVED, generation, why)
+        if here:
+            try:
+                await asyncio.to_thread(host.hypervisor.destroy_domain, record.guest)
+            except CheckpointError as error:
+                self._note("trouble", f"the stale copy of {record.guest} is still there: {error}")
+        await self._reclaim(release=False)
+        self._note(
+            "moved",
+            f"{record.guest}: {why}; "
+            + ("the stale copy here was destroyed" if here else "no copy runs here"),
+            generation=generation,
+        )
+        return resolved
+
+    async def _reclaim(self, *, release: bool) -> None:
+        for device in self.record.options.get("devices", ()):
+            await reclaim(self._host, self.record.guest, str(device), release=release)
+
+    async def _put(self, role: Role, generation: int, reason: str) -> Record:
+        ledger = self._host.ledger
+        changes = {"role": role, "generation": generation, "reason": reason}
+        try:
+            self.resolved = await asyncio.to_thread(
+                lambda: ledger.update(self.record.uuid, **changes)
+            )
+        except LedgerError as error:
+            self._note("trouble", f"{self.record.guest}: {error}; it will be asked for again")
+            self.resolved = self.record
+        return self.resolved
+
+    def _note(self, event: str, text: str, **figures: Any) -> None:
+        self._host.journal.note(self.record.guest, event, text, **figures)
+
+
+async def reclaim(host: Host, guest: str, device: str, *, release: bool) -> None:
+    """Remove an output buffer that was left behind, and say so."""
+    try:
+        found = await asyncio.to_thread(lambda: host.network.reclaim(device, release=release))
+    except Exception as error:
+        log.debug("reclaim of %s failed", device, exc_info=error)
+        host.journal.note(guest, "trouble", f"held output of {device} is still there: {error}")
+    else:
+        if found:
+            host.journal.note(guest, "cleaned", found)
+
+
+async def clean(host: Host) -> list[Record]:
+    """Remove what a killed daemon left and nobody needs to be asked about.
+
+    :return: records whose guests need a :class:`Recovery`
+    """
+    asked, keep = [], set()
+    for record in host.ledger:
+        duty = duty_at_start(record)
+        if duty is Duty.STAND_DOWN:
+            try:
+                found = await asyncio.to_thread(host.hypervisor.destroy_shell, record.guest)
+                host.ledger.update(record.uuid, role=Role.RELEASED, reason="kemarid was restarted")
+            except (CheckpointError, LedgerError) as error:
+                host.journal.note(
+                    record.guest, "trouble", f"a shell of {record.guest} is still there: {error}"
+                )
+            else:
+                host.journal.note(
+                    record.guest,
+                    "stood-down",
+                    f"kemarid was restarted: no longer stands by for {record.guest}"
+                    + ("; its shell was removed" if found else ""),
+                )
+        elif duty in (Duty.ASK, Duty.GIVE_UP):
+            exists = await asyncio.to_thread(host.hypervisor.domain_exists, record.guest)
+            if duty is Duty.ASK or exists:
+                asked.append(record)
+                keep |= set(record.options.get("devices", ()))
+    owners = {
+        device: record for record in host.ledger for device in record.options.get("devices", ())
+    }
+    for device in await asyncio.to_thread(host.network.leftovers):
+        if device not in keep:
+            owner = owners.get(device)
+            gone = owner is not None and owner.role is Role.MOVED
+            await reclaim(host, owner.guest if owner else "", device, release=not gone)
+    return asked

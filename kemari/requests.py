@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line can ask of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from kemari import __version__
+from kemari.config import COMPRESSIONS
+from kemari.control import Progress
+from kemari.errors import NoSuchProtection, Refused
+from kemari.ledger import Record, Role
+from kemari.protection import Options
+
+if TYPE_CHECKING:
+    from kemari.daemon import Daemon
+
+MAX_TEXT = 300
+MAX_LOG = 10_000
+
+
+class Arguments:
+    """The untrusted arguments of a request, taken one by one."""
+
+    def __init__(self, untrusted: dict[str, Any]) -> None:
+        self._untrusted = untrusted
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A non-empty string, or the default."""
+        value = self._untrusted.get(key, default)
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not value.isprintable():
+            if default is not None and value == default:
+                return default
+            raise Refused(f"{key} is not a proper text")
+        return value
+
+    def number(self, key: str, default: int, low: int, high: int) -> int:
+        """A whole number within bounds."""
+        value = self._untrusted.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise Refused(f"{key} is {str(value)[:40]}; expected {low} to {high}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._untrusted.get(key, default)
+        if not isinstance(value, bool):
+            raise Refused(f"{key} is not true or false")
+        return value
+
+
+Operation = Callable[[Arguments, Progress], Awaitable[Any]]
+
+
+class Requests:
+    """Carries out requests of the control socket."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._operations: dict[str, Operation] = {
+            "ping": self._ping,
+            "start": self._start,
+            "stop": self._stop,
+            "failover": self._failover,
+            "status": self._status,
+            "list": self._list,
+            "log": self._log,
+        }
+
+    async def handle(self, operation: str, untrusted: dict[str, Any], progress: Progress) -> Any:
+        """See :data:`kemari.control.Handler`."""
+        known = self._operations.get(operation)
+        if known is None:
+            raise Refused(f"{operation[:40]!r} is not an operation of kemarid {__version__}")
+        return await known(Arguments(untrusted), progress)
+
+    async def _ping(self, arguments: Arguments, progress: Progress) -> Any:
+        config = self._daemon.host.config
+        return {
+            "host": config.host,
+            "version": __version__,
+            "hypervisor": self._daemon.host.hypervisor.name,
+            "addresses": list(self._daemon.host.advertised),
+        }
+
+    async def _start(self, arguments: Arguments, progress: Progress) -> Any:
+        config = self._daemon.host.config
+        domain = arguments.text("domain")
+        compression = arguments.text("compression", config.compression)
+        if compression not in COMPRESSIONS:
+            raise Refused(f"compression is {compression!r}; expected {', '.join(COMPRESSIONS)}")
+        options = Options(
+            interval_ms=arguments.number("interval_ms", config.interval_ms, 10, 60_000),
+            interval_only=arguments.flag("interval_only"),
+            compression=compression,
+        )
+        standby = config.resolve_peer(arguments.text("standby"))
+        protection = await self._daemon.protect(domain, standby, options)
+        establishing = self._daemon.host.spawn_quiet(
+            protection.establish(lambda figures: progress(figures.as_json())),
+            f"{domain}: start",
+        )
+        if not arguments.flag("wait", True):
+            return protection.status()
+        # A client that goes away does not end the protection that it has asked for.
+        await asyncio.shield(establishing)
+        return protection.status()
+
+    async def _stop(self, arguments: Arguments, progress: Progress) -> Any:
+        name = await self._daemon.name_of(arguments.text("domain"))
+        said = await self._daemon.stop(name, force=arguments.flag("force"))
+        return {"guest": name, "text": said}
+
+    async def _failover(self, arguments: Arguments, progress: Progress) -> Any:
+        name = await self._daemon.name_of(arguments.text("domain"))
+        for session in self._daemon.sessions.values():
+            if session.guest == name:
+                raise Refused(
+                    f"{name} runs on {session.primary}; expected it here, where it is to leave from"
+                )
+        protection = self._daemon.protections.get(name)
+        if protection is None or protection.machine.over:
+            raise NoSuchProtection(f"{name} is not protected on {self._daemon.host.config.host}")
+        started = time.monotonic()
+        await protection.failover()
+        return {
+            "guest": name,
+            "host": protection.standby,
+            "generation": protection.generation + 1,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+    async def _status(self, arguments: Arguments, progress: Progress) -> Any:
+        wanted = arguments.text("domain", "")
+        if not wanted:
+            return await self._all()
+        name = await self._daemon.name_of(wanted)
+        for status in await self._all():
+            if status["guest"] == name or status["uuid"] == wanted:
+                return [status]
+        raise NoSuchProtection(f"{name} is not protected on {self._daemon.host.config.host}")
+
+    async def _list(self, arguments: Arguments, progress: Progress) -> Any:
+        keys = ("guest", "role", "state", "protected", "peer", "generation")
+        return [{key: status[key] for key in keys} for status in await self._all()]
+
+    async def _all(self) -> list[dict[str, Any]]:
+        """Everything that is known here, one entry for each guest."""
+        daemon = self._daemon
+        found = [recovery.status() for recovery in daemon.recoveries.values()]
+        found += [session.status() for session in daemon.sessions.values() if session.uuid]
+        found += [protection.status() for protection in daemon.protections.values()]
+        known = {status["guest"] for status in found}
+        here = {name for _, name in await asyncio.to_thread(daemon.host.hypervisor.domains)}
+        for record in daemon.host.ledger:
+            if record.guest in known:
+                continue
+            if record.role is Role.MOVED or (record.role is Role.OWNER and record.guest in here):
+                found.append(_remembered(record))
+        for status in found:
+            status["host"] = daemon.host.config.host
+            record_of = daemon.host.ledger.get(status["uuid"])
+            status["came_from"] = record_of.came_from if record_of else ""
+        return sorted(found, key=lambda status: str(status["guest"]))
+
+    async def _log(self, arguments: Arguments, progress: Progress) -> Any:
+        guest = arguments.text("domain", "")
+        journal = self._daemon.host.journal
+        last = arguments.number("last", 1000, 1, MAX_LOG)
+        entries = await asyncio.to_thread(lambda: journal.read(guest, last=last))
+        if not arguments.flag("follow"):
+            return entries
+        for entry in entries:
+            progress(entry)
+        forget = journal.listen(
+            lambda entry: progress(entry) if not guest or entry["guest"] == guest else None
+        )
+        with contextlib.closing(_Forget(forget)):
+            await asyncio.get_running_loop().create_future()
+
+
+class _Forget:
+    """Makes a function closeable."""
+
+    def __init__(self, forget: Callable[[], None]) -> None:
+        self.close = forget
+
+
+def _remembered(record: Record) -> dict[str, Any]:
+    """The status of a guest that only the ledger knows."""
+    moved = record.role is Role.MOVED
+    return {
+        "guest": record.guest,
+        "uuid": record.uuid,
+        "role": "moved" if moved else "owner",
+        "state": "moved" if moved else "unprotected",
+        "protected": False,
+        "peer": record.peer,
+        "generation": record.generation,
+        "since": round(record.changed, 3),
+        "why": record.reason,
+    }
