@@ -68,7 +68,7 @@ class Domain:
 
     def info(self) -> DomainInfo | None:
         """The domain's state, or None when no domain of this number exists."""
-        raw = ffi.new("xc_domaininfo_t *")
+        raw: Any = ffi.new("xc_domaininfo_t *")
         found = check(
             self._xc.xc_domain_getinfolist(self._xch, self.domid, 1, raw), "xc_domain_getinfolist"
         )
@@ -221,7 +221,7 @@ def list_domids() -> list[int]:
     """Numbers of all domains but Dom0 that are not dying."""
     libs = libraries()
     found: list[int] = []
-    batch = ffi.new("xc_domaininfo_t *")
+    batch: Any = ffi.new("xc_domaininfo_t *")
     first = 1
     while check(libs.xc.xc_domain_getinfolist(libs.xch, first, 1, batch), "xc_domain_getinfolist"):
         if not batch.flags & _DYING:

@@ -28,7 +28,7 @@ class DirtyLog:
         self._domid = domid
         self._pages = pages
         self._buffer = ffi.new("xc_hypercall_buffer_t *")
-        self._buffer_pages = -(-(-(-pages // 8)) // PAGE_SIZE)
+        self._buffer_pages = (pages + 8 * PAGE_SIZE - 1) // (8 * PAGE_SIZE)
         memory = self._libs.xc.xc__hypercall_buffer_alloc_pages(
             self._libs.xch, self._buffer, self._buffer_pages
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 from checkpoint.driver import PAGE_SIZE, Description, Nic
 from checkpoint.errors import CheckpointError, UnsupportedGuest
-from checkpoint.guest.linux import LinuxGuest, LinuxLayout
+from checkpoint.guest.layout import LinuxLayout
+from checkpoint.guest.linux import Registers, read_layout
 from checkpoint.guest.memory import RamView
 from checkpoint.xen import control, shell, toolstack
 from checkpoint.xen.context import Context
@@ -129,10 +130,11 @@ class XenHost:
         context = Context(raw)
         ram = Mapping(handle.domid, range(pages), allow_holes=True)
         try:
-            registers = [context.vcpu(vcpu) for vcpu in context.vcpus()]
-            layout = LinuxGuest.read(
-                RamView(ram.view), [(vcpu.cr3, vcpu.cr4, vcpu.lstar) for vcpu in registers]
+            vcpus = [context.vcpu(number) for number in context.vcpus()]
+            layout = read_layout(
+                RamView(ram.view), [Registers(vcpu.cr3, vcpu.cr4, vcpu.lstar) for vcpu in vcpus]
             )
+            _check_kernel(layout)
             holes = ram.holes
         finally:
             ram.close()
@@ -208,6 +210,13 @@ def _check_devices(name: str, config: dict[str, Any]) -> None:
     for key, what in refused.items():
         if config.get(key):
             raise UnsupportedGuest(f"domain {name!r} has {what} (expected network devices only)")
+
+
+def _check_kernel(layout: LinuxLayout) -> None:
+    if layout.grants.version != 1:
+        raise UnsupportedGuest(
+            f"the guest uses grant table version {layout.grants.version} (expected 1)"
+        )
 
 
 def _check_dirty_log(domid: int, pages: int) -> None:

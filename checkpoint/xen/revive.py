@@ -18,8 +18,11 @@ from pathlib import Path
 
 from checkpoint.driver import PAGE_SIZE, Description
 from checkpoint.errors import ReviveError
-from checkpoint.guest.linux import LinuxLayout, read_watches, shift_clock
+from checkpoint.guest.clock import detach_runstate, shift_clock
+from checkpoint.guest.events import event_pages, settle_fifo
+from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.memory import RamView
+from checkpoint.guest.xenstore import read_watches
 from checkpoint.xen import rings, stub
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import (
@@ -84,13 +87,15 @@ def revive(
     vector = _upcall_vector(state)
 
     calls = [
-        stub.register_vcpu_info(vcpu, address) for vcpu, address in enumerate(layout.vcpu_info)
+        stub.register_vcpu_info(cpu.vcpu, cpu.vcpu_info) for cpu in layout.cpus if cpu.registered
     ]
     if vector is not None:
-        calls += [stub.upcall_vector(vcpu, vector) for vcpu in range(len(layout.vcpu_info))]
+        calls += [stub.upcall_vector(cpu.vcpu, vector) for cpu in layout.cpus]
+    fifo = _FifoPages(ram, layout)
+    calls += fifo.calls()
     calls += stub.bind_events(state.events, reserved)
     watches = read_watches(ram, layout)
-    infos = [ram.read(address, _VCPU_INFO_SIZE) for address in layout.vcpu_info]
+    infos = {cpu.vcpu: ram.read(cpu.vcpu_info, _VCPU_INFO_SIZE) for cpu in layout.cpus}
 
     def elapsed() -> int:
         return elapsed_ns + time.monotonic_ns() - begun
@@ -103,10 +108,12 @@ def revive(
 
     _place_frames(domain, layout, state, memory)
     _shift(domain, layout, ram, (infos[0], context.vcpu(0).tsc), elapsed)
-    for vcpu, address in enumerate(layout.vcpu_info):
-        _restore_vcpu_info(ram, address, infos[vcpu])
+    fifo.settle(state)
+    detach_runstate(ram, layout)
+    for cpu in layout.cpus:
+        _restore_vcpu_info(ram, cpu.vcpu_info, infos[cpu.vcpu])
         if vector is not None:
-            context.request_interrupt(vcpu, vector)
+            context.request_interrupt(cpu.vcpu, vector)
     domain.set_param(HVM_PARAM_CALLBACK_IRQ, state.params[HVM_PARAM_CALLBACK_IRQ])
     _advance_tsc(context, elapsed() * description.detail["tsc"][1] // 10**6)
     domain.set_context(context.to_bytes())
@@ -119,13 +126,14 @@ def _check_reserved(state: MachineState, reserved: set[int]) -> None:
     ports = {event.port for event in state.events}
     if not reserved <= ports:
         raise ReviveError(
-            f"the toolstack made event channels {sorted(reserved)} (expected ones that the guest has)"
+            f"the toolstack made event channels {sorted(reserved)} "
+            "(expected ones that the guest has)"
         )
 
 
 def _upcall_vector(state: MachineState) -> int | None:
     via = state.params[HVM_PARAM_CALLBACK_IRQ]
-    # With per-vCPU upcall vectors Linux sets the parameter to a dummy (arch/x86/xen/enlighten_hvm.c)
+    # With per-vCPU upcall vectors the parameter is a dummy (arch/x86/xen/enlighten_hvm.c)
     return None if via >> 56 == _CALLBACK_TYPE_VECTOR else _UPCALL_VECTOR
 
 
@@ -182,6 +190,45 @@ def _run_stub(
         area[:] = saved
 
 
+class _FifoPages:
+    """The guest's FIFO event pages, if it has the FIFO ABI.
+
+    Xen goes on from what it has linked in them itself, so they are empty while the stub runs; the
+    captured contents are joined with Xen's afterwards.
+    """
+
+    def __init__(self, ram: RamView, layout: LinuxLayout) -> None:
+        self._ram, self._layout = ram, layout
+        self._array = event_pages(ram, layout)
+        blocks = [cpu.control_block for cpu in layout.cpus if cpu.control_block is not None]
+        self._saved = {pa: ram.read(pa, PAGE_SIZE) for pa in [*blocks, *self._array]}
+        for pa in self._saved:
+            ram.write(pa, bytes(PAGE_SIZE))
+
+    def calls(self) -> list[stub.Call]:
+        """Registrations, to be made before any port is bound."""
+        blocks = [
+            stub.fifo_init_control(
+                cpu.vcpu, cpu.control_block // PAGE_SIZE, cpu.control_block % PAGE_SIZE
+            )
+            for cpu in self._layout.cpus
+            if cpu.control_block is not None
+        ]
+        return blocks + [stub.fifo_expand_array(pa // PAGE_SIZE) for pa in self._array]
+
+    def settle(self, state: MachineState) -> None:
+        """Put the captured events back, each of them pending."""
+        if self._layout.fifo is None:
+            return
+        live = {pa: self._ram.read(pa, PAGE_SIZE) for pa in self._saved}
+        for pa, content in self._saved.items():
+            self._ram.write(pa, content)
+        raised: dict[int, list[int]] = {cpu.vcpu: [] for cpu in self._layout.cpus}
+        for event in state.events:
+            raised[event.vcpu].append(event.port)
+        settle_fifo(self._ram, self._layout, live, raised)
+
+
 def _place_frames(
     domain: Domain, layout: LinuxLayout, state: MachineState, memory: memoryview
 ) -> None:
@@ -195,7 +242,7 @@ def _place_frames(
     with _mapped(domain, gfn) as page:
         page[_MASK_AT : _MASK_AT + _BITS] = content[_MASK_AT : _MASK_AT + _BITS]
         page[_PENDING_AT : _PENDING_AT + _BITS] = pending.to_bytes(_BITS, "little")
-    for index, frame in enumerate(layout.grant_frames[: len(state.grants)]):
+    for index, frame in enumerate(layout.grants.gfns[: len(state.grants)]):
         domain.add_to_physmap(XENMAPSPACE_GRANT_TABLE, index, frame)
     grants = GrantFrames(domain.domid, len(state.grants), writable=True)
     try:
@@ -247,7 +294,7 @@ def _shift(
     :param elapsed: time since the capture, ns
     """
     tsc_here = Context(domain.get_context()).vcpu(0).tsc
-    here = _system_time(ram.read(layout.vcpu_info[0], _VCPU_INFO_SIZE), tsc_here)
+    here = _system_time(ram.read(layout.cpus[0].vcpu_info, _VCPU_INFO_SIZE), tsc_here)
     continued = _system_time(*captured) + elapsed()
     shift_clock(ram, layout, here - continued)
     log.info(

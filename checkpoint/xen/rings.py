@@ -20,7 +20,7 @@ _SLOTS_AT = 64
 _RX_SLOTS = 256
 _RX_SLOT = struct.Struct("<HHI")
 
-#: struct xenstore_domain_interface: two buffers of 1024, then req_cons, req_prod, rsp_cons, rsp_prod
+#: struct xenstore_domain_interface: two buffers, req_cons, req_prod, rsp_cons, rsp_prod
 XENSTORE_RING = 1024
 _XENSTORE_INDICES = struct.Struct("<4I")
 _XENSTORE_INDICES_AT = 2 * XENSTORE_RING

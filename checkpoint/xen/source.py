@@ -3,8 +3,9 @@
 
 The order inside :meth:`XenSource.capture` is the whole point; it is that of ``docs/design``:
 pause, let the backends answer, close the output epoch, shared pages ("rings") before the dirty log,
-the log before data, data before vCPUs, run on.  Backends write data first and the ring after, so
-this order can only give a snapshot in which an answer is missing, never one in which data is.
+the log before data, run on.  Backends write data first and the ring after, so this order can only
+give a snapshot in which an answer is missing, never one in which data is.  vCPUs do not change
+while they are paused, so that their state may be saved first.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from collections.abc import Callable, Iterable
 from checkpoint import native
 from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
 from checkpoint.errors import NotQuiescent
-from checkpoint.guest.linux import LinuxLayout, timekeeping_at_rest, xenstore_at_rest
+from checkpoint.guest.clock import reads_clock, timekeeping_at_rest
+from checkpoint.guest.events import event_pages
+from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.memory import RamView
-from checkpoint.xen import rings
+from checkpoint.guest.xenstore import xenstore_at_rest
+from checkpoint.xen import rings, toolstack
+from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
 from checkpoint.xen.dirty import DirtyLog
 from checkpoint.xen.mapping import GrantFrames, Mapping
@@ -97,15 +102,24 @@ class XenSource:
         if self._store_changed():
             self._tree = self._store.tree(self._base)
             self._rings = rings.net_rings(self._tree, self._grants.view)
+            self._fifo_pages = -1
+        fifo = self._layout.fifo
+        count = 0 if fifo is None else int.from_bytes(self._memory.read(fifo.pages, 4), "little")
+        if count != self._fifo_pages:
+            self._fifo_pages = count
             self._shared = sorted(self._lasting_frames() | {ring.gfn for ring in self._rings})
 
     def _lasting_frames(self) -> set[int]:
         # Pages that Xen writes through a lasting mapping: the dirty log never sees those writes.
-        addresses = list(self._layout.vcpu_info) + list(self._layout.time_areas)
-        frames = {address // PAGE_SIZE for address in addresses}
-        frames.add(self._layout.shared_info // PAGE_SIZE)
-        frames.update(address // PAGE_SIZE for address in self._layout.event_frames)
-        return {frame for frame in frames if frame < self._pages}
+        addresses = [self._layout.shared_info]
+        for cpu in self._layout.cpus:
+            addresses += [cpu.vcpu_info, cpu.runstate]
+            if cpu.control_block is not None:
+                addresses.append(cpu.control_block)
+        if self._layout.clock.vsyscall_time is not None:
+            addresses.append(self._layout.clock.vsyscall_time)
+        addresses += event_pages(self._memory, self._layout)
+        return {address // PAGE_SIZE for address in addresses}
 
     # ---- Section: the first copy ----
 
@@ -138,11 +152,12 @@ class XenSource:
         begun = time.perf_counter_ns()
         self.pause()
         try:
-            self._await_quiet()
+            context = self._domain.get_context()
+            self._check_at_rest(context)
+            self._await_backends()
             close_output()
-            state = self._copy_shared(staging)
+            state = self._copy_shared(staging, context)
             self._copy_dirty(staging)
-            state.context = self._domain.get_context()
         except BaseException:
             self.unpause()
             raise
@@ -152,16 +167,22 @@ class XenSource:
         staging.state = state.to_bytes()
         return Captured(staging.count, pause_ns, 0)
 
-    def _await_quiet(self) -> None:
-        """Wait until no backend owes the paused guest an answer.
-
-        :raise NotQuiescent: the bound passed, or the guest itself is in the middle of something
-        """
+    def _check_at_rest(self, context: bytes) -> None:
+        """:raise NotQuiescent: the guest itself is in the middle of something that cannot move"""
+        records = Context(context)
+        if any(reads_clock(self._layout, records.vcpu(n).rip) for n in records.vcpus()):
+            raise NotQuiescent("the guest was paused while it read its clock")
         if not timekeeping_at_rest(self._memory, self._layout):
             raise NotQuiescent("the guest was paused while it updated its clock")
         store_page = self._outside.page(0)
         if not (rings.xenstore_empty(store_page) and xenstore_at_rest(self._memory, self._layout)):
             raise NotQuiescent("the guest was paused in a conversation with xenstore")
+
+    def _await_backends(self) -> None:
+        """Wait until no backend owes the paused guest an answer.
+
+        :raise NotQuiescent: the bound passed
+        """
         transmit = [self._page(ring.gfn) for ring in self._rings if not ring.receive]
         deadline = 0.0
         for page in transmit:
@@ -176,7 +197,7 @@ class XenSource:
     def _page(self, gfn: int) -> memoryview:
         return self._ram.view[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
 
-    def _copy_shared(self, staging: Staging) -> MachineState:
+    def _copy_shared(self, staging: Staging, context: bytes) -> MachineState:
         """Copy, before the dirty log is read, every page that somebody else may write."""
         events, frames = self._tables.read()
         if frames != self._grants.frames:
@@ -194,7 +215,7 @@ class XenSource:
         staging.count = len(shared)
         self._check_receive_rings(staging, frames * rings.GRANTS_PER_FRAME)
         return MachineState(
-            context=b"",
+            context=context,
             events=events,
             grants=[grants[at : at + PAGE_SIZE] for at in range(0, len(grants), PAGE_SIZE)],
             pages={
@@ -267,8 +288,6 @@ class XenSource:
         return info is not None and not info.dying and not info.shutdown
 
     def destroy(self) -> None:
-        from checkpoint.xen import toolstack
-
         self.untrack()
         if not self._destroyed:
             toolstack.destroy(self._domain.domid)

@@ -132,5 +132,6 @@ class MachineState:
 def _whole(body: bytes, unit: int, what: str) -> None:
     if len(body) % unit:
         raise ProtocolError(
-            f"the machine state's {what} section has {len(body)} bytes (expected multiples of {unit})"
+            f"the machine state's {what} section has {len(body)} bytes "
+            f"(expected a multiple of {unit})"
         )
