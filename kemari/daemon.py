@@ -169,7 +169,7 @@ class Daemon:
             if record is not None and self.host.config.resume:
                 self._protect_again(record)
         else:
-            del self.protections[name]
+            self.protections.pop(name, None)
 
     async def stop(self, name: str, *, force: bool = False) -> str:
         """End the protection of a guest; the sentence that says what was done.
@@ -184,6 +184,7 @@ class Daemon:
                 raise NoSuchProtection(f"{name} is not protected on {self.host.config.host}")
             return f"{name} is not protected again"
         await self._end(protection, "stopped, as asked", force=force)
+        self.protections.pop(name, None)
         return f"{name} is no longer protected; its output flows freely"
 
     async def _end(self, protection: Protection, reason: str, *, force: bool = False) -> None:
@@ -306,3 +307,14 @@ class Daemon:
 
 def _advertised(config: Config) -> tuple[str, ...]:
     return tuple(str(each) for each in dict.fromkeys((*config.listen, *config.also)))
+
+
+def main() -> None:
+    """Entry point of ``kemarid``; see :mod:`kemari.service`."""
+    from kemari.service import main as serve
+
+    serve()
+
+
+if __name__ == "__main__":
+    main()

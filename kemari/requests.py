@@ -63,6 +63,8 @@ class Requests:
         self._daemon = daemon
         self._operations: dict[str, Operation] = {
             "ping": self._ping,
+            "ping-peer": self._ping_peer,
+            "check": self._check,
             "start": self._start,
             "stop": self._stop,
             "failover": self._failover,
@@ -85,7 +87,24 @@ class Requests:
             "version": __version__,
             "hypervisor": self._daemon.host.hypervisor.name,
             "addresses": list(self._daemon.host.advertised),
+            "peers": list(config.peers),
         }
+
+    async def _ping_peer(self, arguments: Arguments, progress: Progress) -> Any:
+        standby = self._daemon.host.config.resolve_peer(arguments.text("standby"))
+        link, address = await self._daemon.host.connect_any(standby, "liveness")
+        await link.close()
+        return {
+            "host": link.peer.host,
+            "software": link.peer.software,
+            "address": str(address),
+        }
+
+    async def _check(self, arguments: Arguments, progress: Progress) -> Any:
+        domain = arguments.text("domain")
+        source = await asyncio.to_thread(self._daemon.host.hypervisor.open_source, domain)
+        await asyncio.to_thread(source.untrack)
+        return {"guest": source.description.name, "pages": source.description.pages}
 
     async def _start(self, arguments: Arguments, progress: Progress) -> Any:
         config = self._daemon.host.config
@@ -159,7 +178,8 @@ class Requests:
         for record in daemon.host.ledger:
             if record.guest in known:
                 continue
-            if record.role is Role.MOVED or (record.role is Role.OWNER and record.guest in here):
+            took_over = record.role is Role.OWNER and record.came_from and record.guest in here
+            if record.role is Role.MOVED or took_over:
                 found.append(_remembered(record))
         for status in found:
             status["host"] = daemon.host.config.host

@@ -410,7 +410,7 @@ class StandbySession:
         await self._record_end()
         if self._shell is not None:
             await _attempt(self, "remove the shell", asyncio.to_thread(self._shell.destroy))
-        self.note("stood-down", f"no longer stands by for {self.guest}: {self.why}")
+            self.note("stood-down", f"no longer stands by for {self.guest}: {self.why}")
         self.over.set()
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of the command line as text for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+Status = dict[str, Any]
+
+_COLUMNS = ("guest", "role", "state", "peer", "generation")
+
+
+def table(entries: Sequence[Status]) -> str:
+    """One line for each guest, under a heading; "" when there are none."""
+    if not entries:
+        return ""
+    rows = [[column.upper() for column in _COLUMNS]]
+    rows += [[str(entry[column]) or "-" for column in _COLUMNS] for entry in entries]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(_COLUMNS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def statuses(found: Sequence[Status]) -> str:
+    """Everything about each guest."""
+    return "\n\n".join(_status(status) for status in found) or "No guest is protected here."
+
+
+def _status(status: Status) -> str:
+    lines = [f"{status['guest']}: {_headline(status)}"]
+    lines.append(f"  why         {status['why']}")
+    lines.append(f"  generation  {status['generation']}, since {_clock(status['since'])}")
+    if "epoch" in status:
+        lines.append(f"  epoch       {status['epoch']}")
+    if status["state"] in ("copying", "connecting") and "progress" in status:
+        lines.append(f"  first copy  {progress_line(status['progress'])}")
+    figures = status.get("statistics")
+    if figures and figures["checkpoints"]:
+        lines += _figures(figures)
+    return "\n".join(lines)
+
+
+def _headline(status: Status) -> str:
+    peer, host = status["peer"], status["host"]
+    match status["role"]:
+        case "primary" if status["protected"]:
+            return f"protected, runs on {host}, standby {peer}"
+        case "primary" if status["state"] == "unprotected":
+            return f"runs on {host} UNPROTECTED"
+        case "primary":
+            return f"{status['state']}, runs on {host}, standby {peer}"
+        case "standby":
+            return f"runs on {peer}, {host} stands by ({status['state']})"
+        case "owner":
+            return f"runs on {host} UNPROTECTED, came from {status['came_from'] or peer}"
+    return f"runs on {peer}; {host} must not run it"
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    def spread(name: str, unit: str) -> str:
+        values = figures[name]
+        return f"p50 {values['p50']:g}, p99 {values['p99']:g}, max {values['max']:g} {unit}"
+
+    return [
+        f"  checkpoints {figures['checkpoints']} ({figures['by_output']} for held output, "
+        f"{figures['by_interval']} by the interval)",
+        f"  pause       {spread('pause_ms', 'ms')}",
+        f"  commit      {spread('commit_ms', 'ms')}",
+        f"  pages       {spread('pages', '')}".rstrip(),
+        f"  sent        {spread('wire_bytes', 'bytes')}",
+        f"  stalls      {figures['stalls']} ({figures['stalled_ms']:g} ms)",
+    ]
+
+
+def protected(status: Status) -> str:
+    """The answer to ``kemari start``."""
+    if not status["protected"]:
+        return f"{status['guest']} is {status['state']}"
+    copied = status["progress"]
+    return (
+        f"{status['guest']} is protected to {status['peer']} "
+        f"(first copy {_size(copied['wire_bytes'])} in {copied['seconds']:.1f} s)"
+    )
+
+
+def progress_line(figures: dict[str, Any]) -> str:
+    """How far the first copy is."""
+    total = max(1, figures["total"])
+    share = min(100, 100 * figures["done"] // total)
+    return (
+        f"round {figures['round']}: {share:3d} % of {figures['total']} pages, "
+        f"{_size(figures['wire_bytes'])} sent, {figures['seconds']:.0f} s"
+    )
+
+
+def event(entry: dict[str, Any]) -> str:
+    """One line of the event log."""
+    guest = entry.get("guest") or "-"
+    return f"{_clock(entry.get('time', 0))}  {entry.get('host', '-')}  {guest}  {entry.get('text')}"
+
+
+def findings(found: Sequence[dict[str, Any]]) -> str:
+    """What ``kemari doctor`` found."""
+    return "\n".join(f"{'ok ' if each['ok'] else 'BAD'}  {each['text']}" for each in found)
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
