@@ -86,7 +86,7 @@ def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
         image, modules = _foreign_kernel(options.kernel)
         kernel = f"/{FOLDER}/vmlinuz"
         files[f"{FOLDER}/vmlinuz"] = LayerFile(image)
-    files[f"{FOLDER}/initramfs.gz"] = LayerFile(
+    files[f"{FOLDER}/initramfs"] = LayerFile(
         guest_initramfs(base.busybox, modules, compile_demo())
     )
     files["root/guest.cfg"] = LayerFile(config(options, kernel).encode(), stat.S_IFREG | 0o644)

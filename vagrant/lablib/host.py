@@ -89,7 +89,7 @@ class Host:
         seen = self.console_log.stat().st_size if self.console_log.exists() else 0
         kernel = (
             "base/vmlinuz console=hvc0 quiet net.ifnames=0 panic=5 "
-            f"labname={self.name},base/initramfs.gz"
+            f"labname={self.name},base/initramfs"
         )
         xen = (
             f"com1=115200,8n1 console=com1 dom0_mem={machine.dom0_mib}M,max:{machine.dom0_mib}M "

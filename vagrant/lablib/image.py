@@ -193,7 +193,7 @@ def _boot_files(root: Path, made: Path) -> None:
     needed = modules.entries(DOM0_BOOT_MODULES)
     script = (HERE / "host" / "initramfs-init").read_text()
     script = script.replace("@INSMOD@\n", insmod_lines(needed))
-    (made / "initramfs.gz").write_bytes(
+    (made / "initramfs").write_bytes(
         archive(
             [program("bin/busybox", busybox), *needed, program("init", script.encode())],
         )

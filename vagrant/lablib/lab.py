@@ -330,7 +330,9 @@ class Lab:
 
         :raises LabError: it is not there, or did not shut down
         """
-        self.ssh(name, f"xl shutdown -w {guests.NAME}", timeout=timeout)
+        # xl does not wait until the toolstack has cleaned up, which is when the name is free again.
+        gone = f"while xl domid {guests.NAME} >/dev/null 2>&1; do :; done"
+        self.ssh(name, f"xl shutdown -w {guests.NAME} >/dev/null && {gone}", timeout=timeout)
 
     # ---- files and the project ----
 
