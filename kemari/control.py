@@ -4,8 +4,8 @@
 A request is one line, ``{"op": NAME, "args": {...}}``.  The answer is any number of lines
 ``{"progress": {...}}`` and then one of ``{"ok": true, "result": ...}`` or
 ``{"ok": false, "error": {"code": CODE, "text": SENTENCE}}``.  Requests on one connection are
-answered one after the other.  A client that goes away cancels what it waits for only where the
-operation says so.  The socket belongs to root alone (mode 0600): whoever may open it may do anything.
+answered one after the other.  What a client asked for goes on when the client goes away.  The
+socket belongs to root alone (mode 0600): whoever may open it may do anything.
 """
 
 from __future__ import annotations

@@ -13,188 +13,39 @@ the caller must carry out, in order.  The invariants, checked after every event:
 4. Two copies never both have visible output.  The primary lets output pass only with the
    standby's promise to stand down, or where a policy or an administrator decided without one
    (``let_go`` says which); the standby's promise and its takeover exclude each other for ever.
-5. Losing the standby, the link or the daemon never harms the running guest: apart from the moment of
-   a capture, which the driver ends itself, the guest is paused only while its output buffer is full
-   (``stalled``) or its ownership has been handed over (``handed``).
+5. Losing the standby, the link or the daemon never harms the running guest: apart from the moment
+   of a capture, which the driver ends itself, the guest is paused only while its output buffer is
+   full (``stalled``) or its ownership has been handed over (``handed``).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
 
-
-class EpochError(Exception):
-    """An event that cannot happen in this state: a broken peer or a fault of the caller.
-
-    :param event: name of the event
-    :param state: the state that it met
-    :param problem: what is wrong
-    """
-
-    def __init__(self, event: str, state: enum.Enum, problem: str) -> None:
-        self.event = event
-        self.state = state
-        super().__init__(f"{event} while {state.name.lower().replace('_', ' ')}: {problem}")
-
-
-# ---- Actions ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Capture:
-    """Capture epoch ``epoch``, closing its output; ``keep_paused`` leaves the guest paused."""
-
-    epoch: int
-    keep_paused: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send the captured epoch ``epoch``."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Let the output of epoch ``epoch`` leave."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class ArmInterval:
-    """Start the interval timer anew; it ends in ``interval_elapsed``."""
-
-
-@dataclass(frozen=True, slots=True)
-class ArmRetry:
-    """Call ``retry`` after a short while: the guest was not at a usable pause point."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Stop the guest: its output buffer is full."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unpause:
-    """Let the guest run on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask the standby over every path to stand down; one of three events answers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """Tell the standby that it owns the guest from epoch ``epoch``."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class LetGo:
-    """Let all output pass, held and future: nobody else runs this guest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """Destroy the guest here and drop its held output: the standby runs it since ``generation``."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ack:
-    """Tell the primary that epoch ``epoch`` is held whole and verified."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Apply:
-    """Write the staged epoch ``epoch`` into the shell, whole."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Discard:
-    """Forget an incomplete epoch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Revive:
-    """Claim the guest durably, then run it as of epoch ``epoch``."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class DestroyShell:
-    """Remove the shell; record first that this generation will never be taken over."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromiseStoodDown:
-    """Tell the primary: this host does not and will not run this generation."""
-
-
-@dataclass(frozen=True, slots=True)
-class TellRunning:
-    """Tell the primary, if it can be told: this host runs the guest."""
-
-
-Action = (
-    Capture
-    | Send
-    | Release
-    | ArmInterval
-    | ArmRetry
-    | Pause
-    | Unpause
-    | Ask
-    | Handover
-    | LetGo
-    | Abandon
-    | Ack
-    | Apply
-    | Discard
-    | Revive
-    | DestroyShell
-    | PromiseStoodDown
-    | TellRunning
+from kemari.actions import (
+    Abandon,
+    Ack,
+    Actions,
+    Apply,
+    ArmInterval,
+    ArmRetry,
+    Ask,
+    Capture,
+    DestroyShell,
+    Discard,
+    EpochError,
+    Handover,
+    LetGo,
+    Pause,
+    PromiseStoodDown,
+    Release,
+    Revive,
+    Send,
+    TellRunning,
+    Unpause,
+    demand,
+    event,
 )
-Actions = list[Action]
-
-P = ParamSpec("P")
-MachineT = TypeVar("MachineT", "Primary", "Standby")
-
-
-def _event(
-    method: Callable[Concatenate[MachineT, P], Actions],
-) -> Callable[Concatenate[MachineT, P], Actions]:
-    """Check the invariants after an event."""
-
-    @wraps(method)
-    def checked(self: MachineT, /, *args: P.args, **kwargs: P.kwargs) -> Actions:
-        actions = method(self, *args, **kwargs)
-        self.check_invariants()
-        return actions
-
-    return checked
-
-
-def _demand(holds: bool, what: str) -> None:
-    if not holds:
-        raise AssertionError(f"invariant broken: {what}")
-
 
 # ---- Primary ----------------------------------------------------------------------------------
 
@@ -270,21 +121,21 @@ class Primary:
 
     def check_invariants(self) -> None:
         """Raise AssertionError when one of the five is broken (see the module's text)."""
-        _demand(self.released <= self.acked, "output released before its ack")
-        _demand(
+        demand(self.released <= self.acked, "output released before its ack")
+        demand(
             self.acked <= self.sent <= self.captured <= self.acked + 1,
             f"acked {self.acked}, sent {self.sent}, captured {self.captured} are out of order",
         )
-        _demand(
+        demand(
             (self.let_go is not None) == (self.state is PrimaryState.UNPROTECTED),
             "output passes without a ground",
         )
-        _demand(
+        demand(
             self.let_go is not LetGoReason.NOTHING_SENT or self.sent == 0,
             "output passes unasked although an epoch was sent",
         )
-        _demand(not (self.over and self.stalled), "the guest is stalled after protection ended")
-        _demand(
+        demand(not (self.over and self.stalled), "the guest is stalled after protection ended")
+        demand(
             not self.handed
             or self.state
             in (
@@ -299,7 +150,7 @@ class Primary:
 
     # -- the checkpoint cycle --
 
-    @_event
+    @event
     def begin(self) -> Actions:
         """The base copy is on the standby: take the first checkpoint."""
         if self.over:
@@ -309,21 +160,21 @@ class Primary:
         self._trigger = True
         return self._next()
 
-    @_event
+    @event
     def output_held(self) -> Actions:
         """A frame of the guest waits in the output buffer."""
         if self.state is PrimaryState.PROTECTED and not self.interval_only:
             self._trigger = True
         return self._next()
 
-    @_event
+    @event
     def interval_elapsed(self) -> Actions:
         """The interval since the last checkpoint is over."""
         if self.state is PrimaryState.PROTECTED:
             self._trigger = True
         return self._next()
 
-    @_event
+    @event
     def captured_epoch(self, epoch: int) -> Actions:
         """Epoch ``epoch`` is in the staging buffer; the guest runs again unless it was final."""
         if not self.capturing or epoch != self.captured + 1:
@@ -339,7 +190,7 @@ class Primary:
         # standby cannot own it.
         return [*actions, Send(epoch)] if self.state is PrimaryState.PROTECTED else actions
 
-    @_event
+    @event
     def capture_failed(self) -> Actions:
         """No usable pause point, or staging too small; the guest runs, nothing was lost."""
         if not self.capturing:
@@ -352,13 +203,13 @@ class Primary:
         self._retrying = True
         return [ArmRetry()]
 
-    @_event
+    @event
     def retry(self) -> Actions:
         """The wait after a failed capture is over."""
         self._retrying = False
         return self._next()
 
-    @_event
+    @event
     def sent_epoch(self, epoch: int) -> Actions:
         """Epoch ``epoch`` is on its way: from here on the standby may hold it whole."""
         if epoch != self.captured or epoch != self.sent + 1:
@@ -366,7 +217,7 @@ class Primary:
         self.sent = epoch
         return []
 
-    @_event
+    @event
     def acked_epoch(self, epoch: int) -> Actions:
         """The standby holds epoch ``epoch``, verified."""
         if epoch <= self.acked:
@@ -392,7 +243,7 @@ class Primary:
                 actions += self._next()
         return actions
 
-    @_event
+    @event
     def buffer_full(self) -> Actions:
         """Held output is above the limit: the guest waits rather than lose frames."""
         if self.over or self.stalled or self.handed or self.state is PrimaryState.COPYING:
@@ -418,7 +269,7 @@ class Primary:
 
     # -- the end --
 
-    @_event
+    @event
     def handover(self) -> Actions:
         """A planned failover is wanted: one final checkpoint, then the standby owns the guest."""
         if self.state is not PrimaryState.PROTECTED or self.acked == 0:
@@ -427,12 +278,12 @@ class Primary:
         self._trigger = True
         return self._next()
 
-    @_event
+    @event
     def stop(self) -> Actions:
         """Protection is to end: output is held until the standby has promised to stand down."""
         return self._lose()
 
-    @_event
+    @event
     def link_lost(self) -> Actions:
         """The replication link broke, fell silent, or the standby broke the protocol."""
         return self._lose()
@@ -450,12 +301,12 @@ class Primary:
         self.state = PrimaryState.ASKING
         return [Ask()]
 
-    @_event
+    @event
     def stood_down(self) -> Actions:
         """The standby promised never to run this generation."""
         return [] if self.over else self._let_go(LetGoReason.PROMISE)
 
-    @_event
+    @event
     def standby_runs(self, generation: int) -> Actions:
         """The standby owns the guest since ``generation``."""
         if self.over:
@@ -464,7 +315,7 @@ class Primary:
         self.stalled = False
         return [Abandon(generation)]
 
-    @_event
+    @event
     def no_answer(self, *, release: bool) -> Actions:
         """No path to the standby gave an answer; ``release`` is the policy.
 
@@ -477,7 +328,7 @@ class Primary:
         self.state = PrimaryState.HOLDING
         return [Ask()]
 
-    @_event
+    @event
     def force(self) -> Actions:
         """An administrator says that the standby does not run the guest."""
         return [] if self.over else self._let_go(LetGoReason.FORCE)
@@ -538,19 +389,19 @@ class Standby:
 
     def check_invariants(self) -> None:
         """Raise AssertionError when one of the five is broken (see the module's text)."""
-        _demand(self.acked == self.complete, "acknowledged what is not held whole")
-        _demand(self.applied == self.complete, "an epoch is applied in part or not at all")
-        _demand(not (self._promised and self._claimed), "took over after standing down")
-        _demand(
+        demand(self.acked == self.complete, "acknowledged what is not held whole")
+        demand(self.applied == self.complete, "an epoch is applied in part or not at all")
+        demand(not (self._promised and self._claimed), "took over after standing down")
+        demand(
             self._claimed
             == (
                 self.state in (StandbyState.TAKING_OVER, StandbyState.RUNNING, StandbyState.FAILED)
             ),
             "runs the guest without a claim",
         )
-        _demand(self.state is not StandbyState.COPYING or self.complete == 0, "ready, yet copying")
+        demand(self.state is not StandbyState.COPYING or self.complete == 0, "ready, yet copying")
 
-    @_event
+    @event
     def committed(self, epoch: int) -> Actions:
         """All of epoch ``epoch`` is staged and verified."""
         if self.over:
@@ -562,7 +413,7 @@ class Standby:
         self.complete = self.acked = self.applied = epoch
         return [Ack(epoch), Apply(epoch)]
 
-    @_event
+    @event
     def link_closed(self) -> Actions:
         """The primary's daemon closed the connection or died; its host lives.
 
@@ -572,19 +423,19 @@ class Standby:
             return self._stand_down()
         return [Discard()] if self.state is StandbyState.READY else []
 
-    @_event
+    @event
     def primary_dead(self) -> Actions:
         """Silence on every path for the heartbeat time-out."""
         if self.state is StandbyState.COPYING:
             return self._stand_down()
         return self._take_over() if self.state is StandbyState.READY else []
 
-    @_event
+    @event
     def link_dead(self) -> Actions:
         """The replication link is silent, but the primary's host lives: another path beats."""
         return [] if self.over else [*self._stand_down(), PromiseStoodDown()]
 
-    @_event
+    @event
     def asked_to_stand_down(self) -> Actions:
         """The primary, or an administrator, wants this generation to end here."""
         match self.state:
@@ -598,7 +449,7 @@ class Standby:
                 self._claimed = False
         return [*self._stand_down(), PromiseStoodDown()]
 
-    @_event
+    @event
     def handed_over(self, epoch: int) -> Actions:
         """The primary gave the guest to this host as of ``epoch``."""
         if self.state is not StandbyState.READY:
@@ -608,14 +459,14 @@ class Standby:
         self.planned = True
         return self._take_over()
 
-    @_event
+    @event
     def revived(self) -> Actions:
         """The guest runs here."""
         self._require("revived", StandbyState.TAKING_OVER)
         self.state = StandbyState.RUNNING
         return [TellRunning()]
 
-    @_event
+    @event
     def revive_failed(self) -> Actions:
         """The guest cannot run here; the shell still exists, paused.
 

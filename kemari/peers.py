@@ -2,8 +2,8 @@
 """The paths to other hosts beside the replication links, and questions over them.
 
 One small connection (role "liveness") is kept to each further address of a host that a protection
-depends on; it beats by itself, and both ends may ask over it.  Connections that the other end opened
-count as paths as well.
+depends on; it beats by itself, and both ends may ask over it.  Connections that the other end
+opened count as paths as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 #: Addresses that a peer may name.
 MAX_ADDRESSES: Final = 16
 
-#: States of :class:`checkpoint.lifeline.Owner` that mean, with a later generation: not ours any more.
+#: States of :class:`checkpoint.lifeline.Owner` that, with a later generation, mean: not ours now.
 OWNING: Final = ("running", "primary", "standby")
 
 

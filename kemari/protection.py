@@ -1,31 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protection of one guest on the host that runs it.
+"""The protection of one guest on the host that runs it, from start to end.
 
 :class:`Protection` carries out what :class:`kemari.epoch.Primary` decides, and feeds it with what
-happens.  Events are handled in the loop's thread as they come: a held frame makes the tap readable,
-the capture runs at once, in the same callback, unless it is a big one.
+happens; :mod:`kemari.cycle` does the same for the checkpoints themselves.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 from checkpoint.codec import Encoder
-from checkpoint.driver import Captured, Source, Staging
-from checkpoint.errors import CheckpointError, NotQuiescent
+from checkpoint.driver import Source
+from checkpoint.errors import CheckpointError
 from checkpoint.link import Link, PeerRefused
 from checkpoint.runstate import StateError
 from checkpoint.sender import Declined, Sender
-from kemari import epoch
+from kemari import actions as act
 from kemari.config import Address
 from kemari.copying import Progress, base_copy
+from kemari.cycle import Cycle
+from kemari.endings import PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.host import Host
@@ -36,19 +35,6 @@ from kemari.peers import OWNING, Peers, further_addresses
 from kemari.statistics import Statistics
 
 log = logging.getLogger(__name__)
-
-#: Captures of at most this many pages run in the loop's thread: handing one to another thread costs
-#: more than it takes.
-INLINE_PAGES: Final = 1024
-#: Pages that the staging buffer holds at first (8 MiB); it grows when a capture needs more.
-STAGING_PAGES: Final = 2048
-#: Seconds after an unusable pause point, doubled each time up to the limit.
-RETRY: Final = 0.001
-RETRY_LIMIT: Final = 0.1
-#: Heartbeat times that a standby has to answer "stand down".
-PATIENCE: Final = 2
-#: Seconds to wait for the daemon of a standby whose host is alive: its supervisor restarts it.
-RESTART_PATIENCE: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +57,7 @@ class Protection:
     :param peers: paths to the standby's host
     :param domain: the guest's name or number on this host
     :param addresses: of the standby, best first
+    :ivar protected: set by the first acknowledged checkpoint
     :ivar ended: set once the protection is over, whatever the end was
     :ivar lost: it ended because the standby was lost, not because somebody wanted it
     """
@@ -90,7 +77,6 @@ class Protection:
         self.uuid = ""
         self.generation = 0
         self.standby = str(addresses[0])
-        self.standby_id = ""
         self.machine = Primary(interval_only=options.interval_only)
         self.statistics = Statistics()
         self.progress = Progress()
@@ -101,24 +87,17 @@ class Protection:
         self.since = time.time()
         self._host = host
         self._peers = peers
+        self._standby_id = ""
+        self._further: tuple[Address, ...] = ()
+        self._holding = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._establishing: asyncio.Task[Any] | None = None
         self._cancelled = ""
-        self._loop = asyncio.get_running_loop()
-        self._further: tuple[Address, ...] = ()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._capture_task: asyncio.Task[None] | None = None
-        self._send_task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._retry_delay = RETRY
-        self._pages_before = 0
-        self._captured_ns = 0
-        self._stalled_at = 0.0
         self._source: Source | None = None
-        self._output: Output | None = None
         self._link: Link | None = None
         self._sender: Sender | None = None
-        self._encoder: Encoder | None = None
-        self._staging = Staging(0)
+        self._output: Output | None = None
+        self._cycle: Cycle | None = None
 
     # ---- Section: what the daemon calls ----
 
@@ -131,13 +110,16 @@ class Protection:
         """
         self._establishing = asyncio.current_task()
         try:
-            await self._prepare()
-            await self._copy(report)
-            await self._begin()
+            source = await asyncio.to_thread(self._host.hypervisor.open_source, self.domain)
+            self._source = source
+            sender = await self._prepare(source)
+            encoder = Encoder(source.description.pages, compression=self.options.compression)
+            await self._copy(source, encoder, sender, report)
+            await self._begin(source, encoder, sender)
         except asyncio.CancelledError:
             await self._undo(self._cancelled or "kemarid stops")
             if self._cancelled:
-                raise Refused(f"{self.guest}: {self._cancelled}") from None
+                raise Refused(f"{self.guest} is not protected: {self._cancelled}") from None
             raise
         except BaseException as error:
             await self._undo(str(error) or type(error).__name__)
@@ -149,17 +131,30 @@ class Protection:
         if not self.protected.is_set():
             raise PeerError(f"The first checkpoint of {self.guest} failed: {self.why}")
 
+    async def cancel(self, reason: str) -> None:
+        """End a protection that is still coming about; returns when nothing of it is left."""
+        if self._establishing is not None:
+            self._cancelled = reason
+            self._establishing.cancel()
+        await self.ended.wait()
+
     async def stop(self, reason: str, *, force: bool = False) -> None:
         """End the protection; returns when output flows freely again.
 
         :param force: do not wait for the standby's promise to stand down
         :raise Refused: the standby runs the guest, or does not answer and output stays held
         """
+        if self.machine.state is PrimaryState.COPYING:
+            await self.cancel(reason)
+            return
         self.why = reason
-        self._do(self.machine.stop())
+        self._holding.clear()
+        self.do(self.machine.stop())
         if force:
-            self._do(self.machine.force())
-        await _first(self.ended.wait(), self._until_holding())
+            self.do(self.machine.force())
+        elif self.machine.state is PrimaryState.HOLDING:
+            self._holding.set()
+        await _first(self.ended.wait(), self._holding.wait())
         if self.machine.state is PrimaryState.HOLDING:
             raise Refused(
                 f"{self.standby} does not answer, so output of {self.guest} stays held; "
@@ -167,13 +162,6 @@ class Protection:
             )
         if self.machine.state is PrimaryState.MOVED:
             raise Refused(f"{self.guest} runs on {self.standby} since it took over")
-
-    async def cancel(self, reason: str) -> None:
-        """End a protection that is still coming about; returns when nothing of it is left."""
-        if self._establishing is not None:
-            self._cancelled = reason
-            self._establishing.cancel()
-        await self.ended.wait()
 
     async def failover(self) -> None:
         """Move the guest to its standby, planned; returns when it runs there.
@@ -184,8 +172,8 @@ class Protection:
         if not self.machine.protected:
             raise Refused(f"{self.guest} is {self.state}; expected protected")
         self.note("failover", f"moving {self.guest} to {self.standby}, as asked")
-        self._do(self.machine.handover())
-        await _first(self.ended.wait(), self._until_holding())
+        self.do(self.machine.handover())
+        await _first(self.ended.wait(), self._holding.wait())
         if self.machine.state is not PrimaryState.MOVED:
             raise PeerError(f"{self.guest} was not moved to {self.standby}: {self.why}")
 
@@ -200,17 +188,16 @@ class Protection:
 
     def status(self) -> dict[str, Any]:
         """What ``kemari status`` shows."""
-        machine = self.machine
         return {
             "guest": self.guest,
             "uuid": self.uuid,
             "role": "primary",
             "state": self.state,
-            "protected": machine.protected,
+            "protected": self.machine.protected,
             "peer": self.standby,
             "addresses": [str(address) for address in self.addresses],
             "generation": self.generation,
-            "epoch": machine.acked,
+            "epoch": self.machine.acked,
             "since": round(self.since, 3),
             "why": self.why,
             "options": asdict(self.options),
@@ -224,29 +211,28 @@ class Protection:
 
     # ---- Section: coming about ----
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, source: Source) -> Sender:
+        """Connect, agree on a generation, have the shell built."""
         host = self._host
-        source = await asyncio.to_thread(host.hypervisor.open_source, self.domain)
-        self._source = source
         self.guest, self.uuid = source.description.name, source.description.uuid
         link, address = await host.connect_any(self.addresses, "replicate")
         self._link = link
         if link.peer.host_id == host.host_id:
             raise Refused(f"{address} is this host itself; expected another one")
-        self.standby, self.standby_id = link.peer.host, link.peer.host_id
+        self.standby, self._standby_id = link.peer.host, link.peer.host_id
         self._further = further_addresses(link, address)
-        self._peers.want(self.standby_id, self._further)
-        self._spawn(self._watch(), "watch")
+        self._peers.want(self._standby_id, self._further)
+        self.spawn(self._watch(link), "watch")
         self.generation = await self._next_generation(address)
-        self._sender = Sender(link)
-        self._encoder = Encoder(source.description.pages, compression=self.options.compression)
         self.note(
             "start",
             f"protecting {self.guest} to {self.standby} as generation {self.generation}",
         )
+        self._sender = Sender(link)
         await self._sender.prepare(
             source.description, self.generation, {"host": host.config.host} | asdict(self.options)
         )
+        return self._sender
 
     async def _next_generation(self, address: Address) -> int:
         """The generation after all that either host knows; also asks who owns the guest."""
@@ -254,444 +240,257 @@ class Protection:
         answer = await self._peers.inquire(address, self.uuid, own)
         if answer.state == "standby":
             # What an earlier protection by this host left there: the guest runs here.
+            heartbeat = self._host.config.heartbeat
             await self._peers.ask_to_stand_down(
-                self.standby_id,
-                (address,),
-                self.uuid,
-                answer.generation,
-                self._host.config.heartbeat * PATIENCE,
+                self._standby_id, (address,), self.uuid, answer.generation, heartbeat * PATIENCE
             )
             answer = await self._peers.inquire(address, self.uuid, own)
-        if answer.state in OWNING and answer.generation >= own:
+        if answer.state in (*OWNING, "reviving"):
             raise Refused(
-                f"{self.standby} is {answer.state} of {self.guest} in generation "
+                f"{self.standby} is {answer.state} for {self.guest} in generation "
                 f"{answer.generation}; expected it to have nothing of that guest"
             )
         return max(own, answer.generation) + 1
 
-    async def _copy(self, report: Callable[[Progress], None]) -> None:
-        assert self._source and self._encoder and self._sender
+    async def _copy(
+        self,
+        source: Source,
+        encoder: Encoder,
+        sender: Sender,
+        report: Callable[[Progress], None],
+    ) -> None:
         self.why = "first copy under way"
-        await asyncio.to_thread(self._source.track)
-        await base_copy(
-            self._source,
-            self._encoder,
-            self._sender,
-            self.progress,
-            lambda: report(self.progress),
-        )
+        await asyncio.to_thread(source.track)
+        await base_copy(source, encoder, sender, self.progress, lambda: report(self.progress))
         self.statistics.base_bytes = self.progress.wire_bytes
 
-    async def _begin(self) -> None:
-        """Hold output, make the ownership durable, take the first checkpoint."""
-        assert self._source and self._link
-        pages = self._source.description.pages
-        self._staging = Staging(min(STAGING_PAGES, pages))
-        await asyncio.to_thread(
-            self._host.ledger.put,
-            Record(
-                uuid=self.uuid,
-                guest=self.guest,
-                role=Role.PRIMARY,
-                generation=self.generation,
-                peer=self.standby,
-                addresses=tuple(str(each) for each in (*self.addresses, *self._further)),
-                options=asdict(self.options)
-                | {
-                    "peer_id": self.standby_id,
-                    "devices": [nic.vif for nic in self._source.nics],
-                    "standby": [str(each) for each in self.addresses],
-                },
-                reason="protection started",
-            ),
+    async def _begin(self, source: Source, encoder: Encoder, sender: Sender) -> None:
+        """Make the ownership durable, hold output, take the first checkpoint."""
+        options = asdict(self.options) | {
+            "peer_id": self._standby_id,
+            "devices": [nic.vif for nic in source.nics],
+            "standby": [str(each) for each in self.addresses],
+        }
+        record = Record(
+            uuid=self.uuid,
+            guest=self.guest,
+            role=Role.PRIMARY,
+            generation=self.generation,
+            peer=self.standby,
+            addresses=tuple(str(each) for each in (*self.addresses, *self._further)),
+            options=options,
+            reason="protection started",
         )
-        output = self._host.network.output(self._source.nics, self._host.config.buffer_limit)
+        await asyncio.to_thread(self._host.ledger.put, record)
+        output = self._host.network.output(source.nics, self._host.config.buffer_limit)
         self._output = output
         await asyncio.to_thread(output.setup)
-        self._loop.add_reader(output.fileno(), self._on_frame)
-        self._spawn(self._await_close(self._link), "link")
-        self._do(self.machine.begin())
+        interval = self.options.interval_ms / 1000
+        self._cycle = Cycle(self, source, output, encoder, sender, interval)
+        self._cycle.listen()
+        self.spawn(self._await_close(sender.link), "link")
+        self.do(self.machine.begin())
 
     async def _undo(self, why: str) -> None:
         """Remove what a start that failed has built; the guest goes on."""
         self.why = why
+        ending = Ending(self._host, self.guest, self.uuid)
+        if self._cycle is not None:
+            await self._cycle.quiet()
         if self._output is not None:
-            with contextlib.suppress(ValueError):
-                self._loop.remove_reader(self._output.fileno())
-            await self._attempt("remove the buffer", self._output.teardown, drop=False)
+            await ending.attempt("remove the output buffer", self._output.teardown, drop=False)
         if self._source is not None:
-            await self._attempt("end tracking", self._source.untrack)
-        if self._sender is not None and self._link is not None and not self._link.closed:
-            try:
-                async with asyncio.timeout(self._host.config.heartbeat * PATIENCE):
-                    await self._sender.stop(self.why)
-            except (CheckpointError, StateError, TimeoutError) as failure:
-                log.info("%s: the standby was not told of the end: %s", self.guest, failure)
+            await ending.attempt("end tracking", self._source.untrack)
+        await self._stop_over_link(why)
         record = self._host.ledger.get(self.uuid)
         if record and record.role is Role.PRIMARY and record.generation == self.generation:
-            await self._attempt("record", self._record, role=Role.OWNER, reason=self.why)
-        if self.uuid:
-            self.note("refused", f"{self.guest} is not protected: {self.why}")
+            await ending.record(role=Role.OWNER, reason=why)
+        if self.generation:
+            self.note("refused", f"{self.guest} is not protected: {why}")
         await self._dispose()
 
     # ---- Section: events ----
 
-    def _on_frame(self) -> None:
-        """The tap is readable: a frame of the guest is held."""
-        output = self._output
-        if output is None or output.drain() == 0:
-            return
-        if self.machine.capturing or self.machine.captured > self.machine.acked:
-            self._check_backlog(output)
-        else:
-            self.statistics.by_output += 1
-        self._do(self.machine.output_held())
-
-    def _check_backlog(self, output: Output) -> None:
-        if not self.machine.stalled and output.full():
-            self._do(self.machine.buffer_full())
-
-    def _on_interval(self) -> None:
-        self._timer = None
-        self.statistics.by_interval += 1
-        self._do(self.machine.interval_elapsed())
-
-    def _link_lost(self, why: str, error: CheckpointError | None = None) -> None:
+    def link_lost(self, why: str, error: CheckpointError | None = None) -> None:
+        """The standby, or what leads to it, cannot be relied on any more."""
+        if self.machine.state is PrimaryState.COPYING:
+            return  # the copy fails by itself, and nothing is held yet
         if self.machine.state in (PrimaryState.PROTECTED, PrimaryState.HANDING_OVER):
             self.lost = True
             self.why = why
             self.note(
-                "standby-lost", f"{self.guest}: {why}; its output is held until that is clear"
+                "standby-lost",
+                f"{self.guest}: {why}; its output is held until {self.standby} has answered",
             )
-        if isinstance(error, PeerRefused) and self.machine.state is not PrimaryState.COPYING:
-            self._do(self.machine.stood_down())  # docs/protocol.md: ERROR is such a promise
-        self._do(self.machine.link_lost())
+        if isinstance(error, PeerRefused):
+            self.do(self.machine.stood_down())  # docs/protocol.md: ERROR is such a promise
+        self.do(self.machine.link_lost())
+
+    def guest_gone(self) -> None:
+        """The guest has shut down or crashed."""
+        self.why = "the guest is gone or has shut down"
+        self.note("guest-gone", f"{self.guest} is gone or has shut down; its protection ends")
+        self.do(self.machine.stop())
 
     async def _await_close(self, link: Link) -> None:
         error = await link.wait_closed()
-        self._link_lost(f"the link to {self.standby} ended: {error or 'closed'}", error)
+        self.link_lost(f"the link to {self.standby} ended: {error or 'closed'}", error)
 
-    async def _watch(self) -> None:
+    async def _watch(self, link: Link) -> None:
         """Judge the standby's life at a steady pace."""
-        assert self._link
         watch = Watch(self._host.config.heartbeat, time.monotonic())
-        while not self.ended.is_set():
+        while not self.machine.over:
             await asyncio.sleep(watch.pace)
-            if not self._link.closed:
-                watch.heard(REPLICATION, self._link.last_heard)
-            for path, when in self._peers.evidence(self.standby_id).items():
-                watch.heard(path, when)
-            now = time.monotonic()
-            verdict = watch.tick(now)
-            if verdict is not Verdict.ALIVE and not self._link.closed:
-                what = (
-                    "is silent on every path"
-                    if verdict is Verdict.DEAD
-                    else ("is silent on the replication link but alive on another path")
-                )
-                if self.machine.state is PrimaryState.COPYING:
-                    await self._link.fail("silent", f"{self.standby} {what}")
-                self._link_lost(f"{self.standby} {what}")
+            if link.closed:
                 return
+            watch.heard(REPLICATION, link.last_heard)
+            for path, when in self._peers.evidence(self._standby_id).items():
+                watch.heard(path, when)
+            verdict = watch.tick(time.monotonic())
+            if verdict is Verdict.ALIVE:
+                continue
+            what = (
+                "is silent on every path"
+                if verdict is Verdict.DEAD
+                else "is silent on the replication link but alive on another path"
+            )
+            if self.machine.state is PrimaryState.COPYING:
+                link.end(CheckpointError(f"{self.standby} {what}"))  # ends the copy
+            self.link_lost(f"{self.standby} {what}")
+            return
 
     # ---- Section: actions ----
 
-    def _do(self, actions: epoch.Actions) -> None:
+    def do(self, actions: act.Actions) -> None:
         """Carry out decisions; what takes time goes on as a task."""
+        cycle = self._cycle
         for action in actions:
+            assert cycle is not None, "no decision before there is a cycle"
             match action:
-                case epoch.Capture(number, keep_paused):
-                    self._capture(number, keep_paused)
-                case epoch.Send(number):
-                    self._send_task = self._spawn(self._send(number), "send")
-                case epoch.Release():
-                    self._release()
-                case epoch.ArmInterval():
-                    self._arm()
-                case epoch.ArmRetry():
-                    self._loop.call_later(self._retry_delay, self._retry)
-                    self._retry_delay = min(self._retry_delay * 2, RETRY_LIMIT)
-                case epoch.Pause():
-                    self._pause()
-                case epoch.Unpause():
-                    self._unpause()
-                case epoch.Ask():
-                    self._spawn(self._ask(), "ask")
-                case epoch.Handover(number):
-                    self._spawn(self._hand_over(number), "handover")
-                case epoch.LetGo():
-                    self._spawn(self._let_go(), "let go")
-                case epoch.Abandon(generation):
-                    self._spawn(self._abandon(generation), "abandon")
+                case act.Capture(number, keep_paused):
+                    cycle.capture(number, keep_paused)
+                case act.Send(number):
+                    cycle.send(number)
+                case act.Release():
+                    cycle.release()
+                    self._say_protected()
+                case act.ArmInterval():
+                    cycle.arm()
+                case act.ArmRetry():
+                    cycle.arm_retry()
+                case act.Pause():
+                    cycle.pause()
+                case act.Unpause():
+                    cycle.unpause()
+                case act.Ask():
+                    self.spawn(self._ask(), "ask")
+                case act.Handover(number):
+                    self.spawn(self._hand_over(number), "handover")
+                case act.LetGo():
+                    self.spawn(self._let_go(), "let go")
+                case act.Abandon(generation):
+                    self.spawn(self._abandon(generation), "abandon")
                 case _:
                     raise AssertionError(f"{action} is not an action of a primary")
 
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(self.options.interval_ms / 1000, self._on_interval)
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a task that ends with the protection."""
+        task = self._host.spawn(work, f"{self.guest}: {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
-    def _retry(self) -> None:
-        self._do(self.machine.retry())
-
-    def _pause(self) -> None:
-        self.statistics.stalls += 1
-        self._stalled_at = time.monotonic()
-        if self._source is not None and self._capture_task is None:
-            self._source.pause()
-
-    def _unpause(self) -> None:
-        if self._stalled_at:
-            self.statistics.stalled_ms += (time.monotonic() - self._stalled_at) * 1000
-            self._stalled_at = 0.0
-        if self._source is not None and not self.machine.over:
-            self._source.unpause()
-
-    def _release(self) -> None:
-        assert self._output
-        try:
-            self._output.release_epoch()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the guest must not stay mute
-            self._link_lost(f"the output buffer failed: {error}")
+    def _say_protected(self) -> None:
         if not self.protected.is_set():
             self.protected.set()
-            self.why = "protected"
-            self.note(
-                "protected",
-                f"{self.guest} is protected to {self.standby}: the first checkpoint is there",
-            )
-
-    # -- capture and send --
-
-    def _capture(self, number: int, keep_paused: bool) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if number > 1 and self._pages_before <= INLINE_PAGES:
-            self._captured(number, self._capture_now(keep_paused))
-        else:
-            self._capture_task = self._spawn(self._capture_aside(number, keep_paused), "capture")
-
-    async def _capture_aside(self, number: int, keep_paused: bool) -> None:
-        outcome = await asyncio.to_thread(self._capture_now, keep_paused)
-        self._capture_task = None
-        self._captured(number, outcome)
-
-    def _capture_now(self, keep_paused: bool) -> Captured | Exception:
-        assert self._source
-        self._captured_ns = time.monotonic_ns()
-        try:
-            return self._source.capture(self._staging, self._close_output, leave_paused=keep_paused)
-        except Exception as error:  # noqa: BLE001 - judged by the caller, in the loop's thread
-            return error
-
-    def _close_output(self) -> None:
-        assert self._output
-        # Frames that were seen until now belong to the epoch that is closed: no new trigger.
-        self._output.drain()
-        self._output.close_epoch()
-
-    def _captured(self, number: int, outcome: Captured | Exception) -> None:
-        match outcome:
-            case Captured():
-                self._retry_delay = RETRY
-                self._pages_before = outcome.pages
-                self.statistics.checkpoints += 1
-                self.statistics.pages.add(outcome.pages)
-                self.statistics.pause_ms.add(outcome.pause_ns / 1e6)
-                self._do(self.machine.captured_epoch(number))
-            case NotQuiescent():
-                self.statistics.not_quiescent += 1
-                self._do(self.machine.capture_failed())
-            case OverflowError():
-                self._enlarge_staging()
-                self._do(self.machine.capture_failed())
-            case _:
-                self._do(self.machine.capture_failed())
-                self._spawn(self._capture_broke(outcome), "capture failed")
-
-    def _enlarge_staging(self) -> None:
-        assert self._source
-        pages = self._source.description.pages
-        self.statistics.staging_grown += 1
-        self._staging = Staging(min(pages, max(1, self._staging.capacity) * 4))
-        # The next capture is a big one.
-        self._pages_before = self._staging.capacity
-
-    async def _capture_broke(self, error: Exception) -> None:
-        assert self._source
-        log.debug("%s: capture failed", self.guest, exc_info=error)
-        if await asyncio.to_thread(self._source.alive):
-            self._link_lost(f"a checkpoint failed: {error}")
-        else:
-            self.why = "the guest is gone or has shut down"
-            self.note("guest-gone", f"{self.guest} is gone or has shut down; protection ends")
-            self._do(self.machine.stop())
-
-    async def _send(self, number: int) -> None:
-        assert self._encoder and self._sender
-        self._do(self.machine.sent_epoch(number))
-        try:
-            if self._staging.count <= INLINE_PAGES:
-                batches = list(self._encoder.encode(self._staging))
-            else:
-                batches = await asyncio.to_thread(
-                    lambda encoder, staging: list(encoder.encode(staging)),
-                    self._encoder,
-                    self._staging,
-                )
-            state = self._encoder.encode_state(self._staging.state)
-            sent = await self._sender.send_epoch(number, batches, state, self._captured_ns)
-        except CheckpointError as error:
-            self._link_lost(f"a checkpoint did not reach {self.standby}: {error}", error)
-            return
-        self.statistics.wire_bytes.add(sent.wire_bytes)
-        self.statistics.total_bytes += sent.wire_bytes
-        self._do(self.machine.acked_epoch(number))
-        self.statistics.commit_ms.add((time.monotonic_ns() - self._captured_ns) / 1e6)
-
-    # -- the end --
+            self.why = f"{self.standby} holds a complete copy"
+            self.note("protected", f"{self.guest} is protected: {self.why}")
 
     async def _hand_over(self, number: int) -> None:
-        assert self._sender
+        assert self._sender is not None
         log.debug("%s: handing over epoch %d", self.guest, number)
         try:
             await self._sender.handover(self.generation + 1)
         except Declined as error:
             self.why = f"{self.standby} could not run it: {error}"
-            self._do(self.machine.stood_down())
+            self.do(self.machine.stood_down())
         except CheckpointError as error:
-            self._link_lost(f"the handover to {self.standby} was not answered: {error}")
+            self.link_lost(f"the handover was not answered: {error}", error)
         else:
             self.why = f"moved to {self.standby}, as asked"
-            self._do(self.machine.standby_runs(self.generation + 1))
+            self.do(self.machine.standby_runs(self.generation + 1))
 
     async def _ask(self) -> None:
-        """Ask the standby to stand down until something is certain or patience is over."""
+        """Ask the standby to stand down; over the replication link first, if that still works."""
         holding = self.machine.state is PrimaryState.HOLDING
-        if not holding and await self._stop_over_link():
-            self._do(self.machine.stood_down())
-            return
         heartbeat = self._host.config.heartbeat
-        started = self._loop.time()
-        while not self.machine.over:
-            answer = await self._peers.ask_to_stand_down(
-                self.standby_id,
-                (*self.addresses, *self._further),
-                self.uuid,
-                self.generation,
-                heartbeat,
-            )
-            if answer.stood_down:
-                self._do(self.machine.stood_down())
-                return
-            if answer.runs_since:
-                self._do(self.machine.standby_runs(answer.runs_since))
-                return
-            waited = self._loop.time() - started
-            if waited >= (RESTART_PATIENCE if answer.alive else heartbeat * PATIENCE):
-                break
-            await asyncio.sleep(heartbeat / 4)
-        if not self.machine.over:
-            release = self._host.config.on_standby_loss == "release"
-            if not holding and not (release and not self.machine.handed):
+        if holding:
+            await asyncio.sleep(heartbeat)
+        elif not self.lost and await self._stop_over_link(self.why):
+            self.do(self.machine.stood_down())
+            return
+        answer = await ask_standby(
+            self._peers,
+            heartbeat,
+            self._standby_id,
+            (*self.addresses, *self._further),
+            self.uuid,
+            self.generation,
+        )
+        if answer.stood_down:
+            self.do(self.machine.stood_down())
+        elif answer.runs_since:
+            self.do(self.machine.standby_runs(answer.runs_since))
+        else:
+            policy = self._host.config.on_standby_loss
+            self.do(self.machine.no_answer(release=policy == "release"))
+            if self.machine.state is PrimaryState.HOLDING and not holding:
+                self._holding.set()
                 self.note(
                     "holding",
                     f"{self.standby} gives no answer; the output of {self.guest} stays held",
                 )
-            self._do(self.machine.no_answer(release=release))
 
-    async def _stop_over_link(self) -> bool:
+    async def _stop_over_link(self, why: str) -> bool:
         """Ask over the replication link itself; True once the standby has stood down."""
-        if self._link is None or self._sender is None or self._link.closed or self.lost:
+        if self._sender is None or self._sender.link.closed:
             return False
         try:
             async with asyncio.timeout(self._host.config.heartbeat * PATIENCE):
-                if self._send_task is not None:
-                    await asyncio.wait({self._send_task})
-                await self._sender.stop(self.why)
+                if self._cycle is not None and self._cycle.sending is not None:
+                    await asyncio.wait({self._cycle.sending})
+                await self._sender.stop(why)
         except (CheckpointError, StateError, TimeoutError) as error:
-            log.info("%s: no answer to stop over the link: %s", self.guest, error)
+            log.info("%s: no answer to STOP: %s", self.guest, error)
             return False
         return True
 
     async def _let_go(self) -> None:
-        """Nobody else runs this guest: let its output pass and remove what protection has built."""
-        source, output = self._source, self._output
-        assert source and output
-        await self._quiet()
-        self._output = None
-        reason = self.machine.let_go or LetGoReason.FORCE
-        await self._attempt("record", self._record, role=Role.OWNER, reason=self.why)
-        await self._attempt("unpause", source.unpause)
-        await self._attempt("release", output.release_all)
-        await self._attempt("remove the buffer", output.teardown, drop=False)
-        await self._attempt("end tracking", source.untrack)
-        ground = {
-            LetGoReason.NOTHING_SENT: "the standby has nothing of it",
-            LetGoReason.PROMISE: f"{self.standby} stood down",
-            LetGoReason.POLICY: f"{self.standby} gives no answer and on_standby_loss is release",
-            LetGoReason.FORCE: "an administrator forced it",
-        }[reason]
-        self.note(
-            "unprotected",
-            f"{self.guest} runs on UNPROTECTED ({self.why}; {ground})",
-            ground=reason.name.lower(),
+        assert self._cycle is not None
+        assert self._source is not None
+        assert self._output is not None
+        await self._cycle.quiet()
+        await Ending(self._host, self.guest, self.uuid).let_go(
+            self._source,
+            self._output,
+            self.standby,
+            self.why,
+            self.machine.let_go or LetGoReason.FORCE,
         )
         await self._dispose()
 
     async def _abandon(self, generation: int) -> None:
-        """The standby runs the guest: nothing that this copy did since may ever be seen."""
-        source, output = self._source, self._output
-        assert source and output
-        await self._quiet()
-        self._output = None
-        await self._attempt(
-            "record",
-            self._record,
-            role=Role.MOVED,
-            generation=generation,
-            reason=f"{self.standby} runs it",
-        )
-        await self._attempt("pause", source.pause)
-        await self._attempt("end tracking", source.untrack)
-        await self._attempt("destroy", source.destroy)
-        await self._attempt("remove the buffer", output.teardown, drop=True)
-        self.note(
-            "moved",
-            f"{self.standby} runs {self.guest} since generation {generation}; "
-            "the copy here was destroyed and its held output dropped",
-            generation=generation,
+        assert self._cycle is not None
+        assert self._source is not None
+        assert self._output is not None
+        await self._cycle.quiet()
+        await Ending(self._host, self.guest, self.uuid).abandon(
+            self._source, self._output, self.standby, generation
         )
         await self._dispose()
 
-    def _record(self, **changes: Any) -> None:
-        self._host.ledger.update(self.uuid, **changes)
-
-    async def _attempt(self, what: str, call: Callable[..., Any], **arguments: Any) -> None:
-        """One step of an ending: when it fails, say so and go on with the others."""
-        try:
-            await asyncio.to_thread(functools.partial(call, **arguments))
-        except Exception as error:
-            log.debug("%s: %s", self.guest, what, exc_info=error)
-            self.note("trouble", f"{self.guest}: could not {what}: {error}")
-
-    async def _quiet(self) -> None:
-        """Wait until no capture runs, and hear no more of the tap and the timer."""
-        if self._output is not None:
-            self._loop.remove_reader(self._output.fileno())
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._capture_task is not None:
-            await asyncio.wait({self._capture_task})
-
-    async def _until_holding(self) -> None:
-        while self.machine.state is not PrimaryState.HOLDING:
-            await asyncio.sleep(0.05)
-
     async def _dispose(self) -> None:
-        self._peers.unwant(self.standby_id, self._further)
+        self._peers.unwant(self._standby_id, self._further)
         self._further = ()
         if self._sender is not None:
             await self._sender.close()
@@ -701,14 +500,8 @@ class Protection:
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
-    def _spawn(self, work: Any, name: str) -> asyncio.Task[None]:
-        task = self._host.spawn(work, f"{self.guest}: {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
-
-async def _first(*waits: Any) -> None:
+async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
     """Return when the first of these is done; cancel the others."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:

@@ -13,10 +13,10 @@ from typing import Any
 
 from checkpoint.errors import CheckpointError
 from kemari.config import parse_address
+from kemari.endings import PATIENCE, RESTART_PATIENCE
 from kemari.host import Host
 from kemari.ledger import Duty, LedgerError, Record, Role, duty_at_start
 from kemari.peers import Answer, Peers
-from kemari.protection import PATIENCE, RESTART_PATIENCE
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The standby side of one protection: shell, epochs, takeover.
 
-:class:`StandbySession` carries out what :class:`kemari.epoch.Standby` decides.  The engine's
+:class:`StandbySession` carries out what :class:`kemari.Standby` decides.  The engine's
 :class:`checkpoint.session.Receiver` stages, verifies, acknowledges and applies; it asks this side
 before each of its promises.
 """
@@ -21,7 +21,14 @@ from checkpoint.errors import CheckpointError, ReviveError
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
 from checkpoint.receiver import Committed, Receiver, StaleGeneration
-from kemari import epoch
+from kemari.actions import (
+    Actions,
+    DestroyShell,
+    Discard,
+    PromiseStoodDown,
+    Revive,
+    TellRunning,
+)
 from kemari.config import Address
 from kemari.epoch import Standby, StandbyState
 from kemari.errors import KemariError
@@ -105,7 +112,7 @@ class StandbySession:
             if not self.machine.over:
                 self.why = why
             actions = await self._do(self.machine.asked_to_stand_down())
-        promised = any(isinstance(action, epoch.PromiseStoodDown) for action in actions)
+        promised = any(isinstance(action, PromiseStoodDown) for action in actions)
         return None if promised else self.owner()
 
     async def leave(self, why: str) -> None:
@@ -218,7 +225,7 @@ class StandbySession:
         if committed.epoch == 0:
             return
         for action in self.machine.committed(committed.epoch):
-            if isinstance(action, epoch.Discard):
+            if isinstance(action, Discard):
                 raise CheckpointError(f"{self._host.config.host} takes no more epochs")
         if committed.epoch == 1:
             self.why = f"{self.guest} could run here if {self.primary} died"
@@ -332,26 +339,27 @@ class StandbySession:
 
     # ---- Section: actions ----
 
-    async def _do(self, actions: epoch.Actions) -> epoch.Actions:
+    async def _do(self, actions: Actions) -> Actions:
         """Carry out decisions, in order; returns them all, with those that followed from them."""
-        done: epoch.Actions = []
+        done: Actions = []
         for action in actions:
             done.append(action)
             match action:
-                case epoch.Revive(number):
+                case Revive(number):
                     done += await self._do(await self._revive(number))
-                case epoch.DestroyShell():
+                case DestroyShell():
                     await self._destroy_shell()
-                case epoch.TellRunning() | epoch.PromiseStoodDown() | epoch.Discard():
+                case TellRunning() | PromiseStoodDown() | Discard():
                     pass  # the caller answers; the receiver has dropped what was incomplete
                 case _:
                     raise AssertionError(f"{action} is not an action of a standby")
         return done
 
-    async def _revive(self, number: int) -> epoch.Actions:
+    async def _revive(self, number: int) -> Actions:
         host, shell = self._host, self._shell
         committed = self._receiver.committed
-        assert shell is not None and committed is not None
+        assert shell is not None
+        assert committed is not None
         silence = time.monotonic() - max(
             [self._link.last_heard, *self._peers.evidence(self.primary_id).values()]
         )

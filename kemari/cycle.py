@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint cycle of one guest: capture, send, release, and the guest's output buffer.
+
+The hot path.  A held frame makes the tap readable; the capture runs at once, in that callback, in
+the loop's thread, unless it is a big one.  Nothing here decides: events go to
+:class:`kemari.epoch.Primary`, whose actions come back through :class:`Keeper`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, Final, Protocol
+
+from checkpoint.codec import Coded, Encoder
+from checkpoint.driver import Captured, Source, Staging
+from checkpoint.errors import CheckpointError, NotQuiescent
+from checkpoint.sender import Sender
+from kemari.actions import Actions
+from kemari.epoch import Primary
+from kemari.output import Output
+from kemari.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+#: Captures of at most this many pages run in the loop's thread: handing one to another thread costs
+#: more than it takes.
+INLINE_PAGES: Final = 1024
+#: Pages that the staging buffer holds at first (8 MiB); it grows when a capture needs more.
+STAGING_PAGES: Final = 2048
+GROWTH: Final = 4
+#: Seconds after an unusable pause point, doubled each time up to the limit.
+RETRY: Final = 0.001
+RETRY_LIMIT: Final = 0.1
+
+
+class Keeper(Protocol):
+    """What the cycle needs of the protection that it belongs to."""
+
+    guest: str
+    machine: Primary
+    statistics: Statistics
+
+    def do(self, actions: Actions) -> None:
+        """Carry out what the machine decided."""
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a task that ends with the protection."""
+
+    def link_lost(self, why: str, error: CheckpointError | None = None) -> None:
+        """The standby cannot be relied on any more."""
+
+    def guest_gone(self) -> None:
+        """There is no guest to protect any more."""
+
+
+class Cycle:
+    """See the module's text.
+
+    :param interval: seconds between two checkpoints at most
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        source: Source,
+        output: Output,
+        encoder: Encoder,
+        sender: Sender,
+        interval: float,
+    ) -> None:
+        self._keeper = keeper
+        self._source = source
+        self._output = output
+        self._encoder = encoder
+        self._sender = sender
+        self._interval = interval
+        self._loop = asyncio.get_running_loop()
+        self._staging = Staging(min(STAGING_PAGES, source.description.pages))
+        self._pages_before = source.description.pages
+        self._captured_ns = 0
+        self._stalled_at = 0.0
+        self._retry_delay = RETRY
+        self._timer: asyncio.TimerHandle | None = None
+        self._listening = False
+        self._capturing: asyncio.Task[None] | None = None
+        self.sending: asyncio.Task[None] | None = None
+
+    def listen(self) -> None:
+        """Begin to hear of held frames; the output buffer is set up."""
+        self._listening = True
+        self._loop.add_reader(self._output.fileno(), self._on_frame)
+
+    async def quiet(self) -> None:
+        """Hear no more of frames and timers, and wait until no capture runs."""
+        if self._listening:
+            self._listening = False
+            self._loop.remove_reader(self._output.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._capturing is not None:
+            await asyncio.wait({self._capturing})
+
+    # ---- Events ----
+
+    def _on_frame(self) -> None:
+        try:
+            seen = self._output.drain()
+            machine = self._keeper.machine
+            if seen == 0:
+                return
+            if machine.capturing or machine.captured > machine.acked:
+                full = not machine.stalled and self._output.full()
+            else:
+                full = False
+                self._keeper.statistics.by_output += 1
+        except Exception as error:  # noqa: BLE001 - of netbuffer or the kernel: the guest must not stay mute
+            self._output_broke(error)
+            return
+        self._keeper.do(machine.buffer_full() if full else machine.output_held())
+
+    def _on_interval(self) -> None:
+        self._timer = None
+        self._keeper.statistics.by_interval += 1
+        self._keeper.do(self._keeper.machine.interval_elapsed())
+
+    def _on_retry(self) -> None:
+        self._keeper.do(self._keeper.machine.retry())
+
+    def _output_broke(self, error: Exception) -> None:
+        log.debug("%s: output buffer failed", self._keeper.guest, exc_info=error)
+        if self._listening:
+            self._listening = False
+            self._loop.remove_reader(self._output.fileno())
+        # The device goes before the domain does: this may be the guest's own end.
+        self._keeper.spawn(self._capture_broke(error), "output failed")
+
+    # ---- Actions ----
+
+    def arm(self) -> None:
+        """Start the interval anew."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._interval, self._on_interval)
+
+    def arm_retry(self) -> None:
+        """Come back after a short while, a longer one each time."""
+        self._loop.call_later(self._retry_delay, self._on_retry)
+        self._retry_delay = min(self._retry_delay * 2, RETRY_LIMIT)
+
+    def pause(self) -> None:
+        """Stall the guest: its output buffer is full."""
+        self._keeper.statistics.stalls += 1
+        self._stalled_at = time.monotonic()
+        if self._capturing is None:
+            self._source.pause()
+
+    def unpause(self) -> None:
+        """End the stall."""
+        if self._stalled_at:
+            self._keeper.statistics.stalled_ms += (time.monotonic() - self._stalled_at) * 1000
+            self._stalled_at = 0.0
+        if not self._keeper.machine.over:
+            self._source.unpause()
+
+    def release(self) -> None:
+        """Let the output of the acknowledged epoch leave."""
+        try:
+            self._output.release_epoch()
+        except Exception as error:  # noqa: BLE001 - as in _on_frame
+            self._output_broke(error)
+
+    def capture(self, number: int, keep_paused: bool) -> None:
+        """Take a checkpoint, here or in a thread."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._pages_before <= INLINE_PAGES:
+            self._captured(number, self._capture_now(keep_paused))
+        else:
+            self._capturing = self._keeper.spawn(
+                self._capture_aside(number, keep_paused), "capture"
+            )
+
+    async def _capture_aside(self, number: int, keep_paused: bool) -> None:
+        outcome = await asyncio.to_thread(self._capture_now, keep_paused)
+        self._capturing = None
+        self._captured(number, outcome)
+
+    def _capture_now(self, keep_paused: bool) -> Captured | Exception:
+        self._captured_ns = time.monotonic_ns()
+        try:
+            return self._source.capture(self._staging, self._close_output, leave_paused=keep_paused)
+        except Exception as error:  # noqa: BLE001 - judged by the caller, in the loop's thread
+            return error
+
+    def _close_output(self) -> None:
+        # Frames that were seen until now belong to the epoch that is closed: no new trigger.
+        self._output.drain()
+        self._output.close_epoch()
+
+    def _captured(self, number: int, outcome: Captured | Exception) -> None:
+        keeper = self._keeper
+        match outcome:
+            case Captured():
+                self._retry_delay = RETRY
+                self._pages_before = outcome.pages
+                keeper.statistics.checkpoints += 1
+                keeper.statistics.pages.add(outcome.pages)
+                keeper.statistics.pause_ms.add(outcome.pause_ns / 1e6)
+                keeper.do(keeper.machine.captured_epoch(number))
+            case NotQuiescent():
+                keeper.statistics.not_quiescent += 1
+                keeper.do(keeper.machine.capture_failed())
+            case OverflowError() if self._staging.capacity < self._source.description.pages:
+                self._enlarge_staging()
+                keeper.do(keeper.machine.capture_failed())
+            case _:
+                keeper.do(keeper.machine.capture_failed())
+                keeper.spawn(self._capture_broke(outcome), "capture failed")
+
+    def _enlarge_staging(self) -> None:
+        pages = self._source.description.pages
+        self._keeper.statistics.staging_grown += 1
+        self._staging = Staging(min(pages, self._staging.capacity * GROWTH))
+        # The next capture is a big one: in a thread.
+        self._pages_before = self._staging.capacity
+
+    async def _capture_broke(self, error: Exception) -> None:
+        log.debug("%s: capture failed", self._keeper.guest, exc_info=error)
+        if await asyncio.to_thread(self._source.alive):
+            self._keeper.link_lost(f"a checkpoint failed: {error}")
+        else:
+            self._keeper.guest_gone()
+
+    def send(self, number: int) -> None:
+        """Send the captured epoch; its ack is the next event."""
+        self.sending = self._keeper.spawn(self._send(number), "send")
+
+    async def _send(self, number: int) -> None:
+        keeper = self._keeper
+        keeper.do(keeper.machine.sent_epoch(number))
+        try:
+            if self._staging.count <= INLINE_PAGES:
+                batches = self._encode()
+            else:
+                batches = await asyncio.to_thread(self._encode)
+            state = self._encoder.encode_state(self._staging.state)
+            sent = await self._sender.send_epoch(number, batches, state, self._captured_ns)
+        except CheckpointError as error:
+            keeper.link_lost(f"a checkpoint did not get through: {error}", error)
+            return
+        took = (time.monotonic_ns() - self._captured_ns) / 1e6
+        keeper.do(keeper.machine.acked_epoch(number))
+        keeper.statistics.commit_ms.add(took)
+        keeper.statistics.wire_bytes.add(sent.wire_bytes)
+        keeper.statistics.total_bytes += sent.wire_bytes
+
+    def _encode(self) -> list[Coded]:
+        return list(self._encoder.encode(self._staging))

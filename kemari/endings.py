@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the protection of a guest ends on the host that ran it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from checkpoint.driver import Source
+from kemari.config import Address
+from kemari.epoch import LetGoReason
+from kemari.host import Host
+from kemari.ledger import Role
+from kemari.output import Output
+from kemari.peers import Answer, Peers
+
+log = logging.getLogger(__name__)
+
+#: Heartbeat times that a standby has to answer "stand down".
+PATIENCE: Final = 2
+#: Seconds to wait for the daemon of a standby whose host is alive: its supervisor restarts it.
+RESTART_PATIENCE: Final = 15.0
+
+
+async def ask_standby(
+    peers: Peers,
+    heartbeat: float,
+    host_id: str,
+    addresses: tuple[Address, ...],
+    guest: str,
+    generation: int,
+) -> Answer:
+    """Ask a standby to stand down until it has answered or patience is over.
+
+    :param heartbeat: seconds
+    :param guest: UUID
+    """
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    while True:
+        answer = await peers.ask_to_stand_down(host_id, addresses, guest, generation, heartbeat)
+        waited = loop.time() - started
+        if answer.conclusive or waited >= patience(answer, heartbeat):
+            return answer
+        await asyncio.sleep(heartbeat / 4)
+
+
+def patience(answer: Answer, heartbeat: float) -> float:
+    """Seconds after which asking on makes no sense: longer while that host shows signs of life."""
+    return RESTART_PATIENCE if answer.alive else heartbeat * PATIENCE
+
+
+class Ending:
+    """The last steps, each tried whatever became of the ones before.
+
+    :param name: the guest's name
+    :param uuid: the guest's UUID
+    """
+
+    def __init__(self, host: Host, name: str, uuid: str) -> None:
+        self._host = host
+        self._name = name
+        self._uuid = uuid
+
+    async def let_go(
+        self, source: Source, output: Output, standby: str, why: str, reason: LetGoReason
+    ) -> None:
+        """Nobody else runs this guest: let its output pass, remove what protection has built."""
+        await self.record(role=Role.OWNER, reason=why)
+        await self.attempt("unpause", source.unpause)
+        await self.attempt("release output", output.release_all)
+        await self.attempt("remove the output buffer", output.teardown, drop=False)
+        await self.attempt("end tracking", source.untrack)
+        ground = {
+            LetGoReason.NOTHING_SENT: "the standby has nothing of it",
+            LetGoReason.PROMISE: f"{standby} stood down",
+            LetGoReason.POLICY: f"{standby} gives no answer and on_standby_loss is release",
+            LetGoReason.FORCE: "an administrator forced it",
+        }[reason]
+        self.note(
+            "unprotected",
+            f"{self._name} runs on UNPROTECTED ({why}; {ground})",
+            ground=reason.name.lower(),
+        )
+
+    async def abandon(self, source: Source, output: Output, standby: str, generation: int) -> None:
+        """The standby runs the guest: nothing that this copy did since may ever be seen."""
+        await self.record(
+            role=Role.MOVED, generation=generation, reason=f"{standby} runs it", came_from=""
+        )
+        await self.attempt("pause", source.pause)
+        await self.attempt("end tracking", source.untrack)
+        await self.attempt("destroy the stale copy", source.destroy)
+        await self.attempt("drop held output", output.teardown, drop=True)
+        self.note(
+            "moved",
+            f"{standby} runs {self._name} since generation {generation}; "
+            "the copy here was destroyed and its held output dropped",
+            generation=generation,
+        )
+
+    async def record(self, **changes: Any) -> None:
+        """Change the ledger; where that fails, a restarted daemon asks again, which is safe."""
+        await self.attempt(
+            "record who owns the guest", self._host.ledger.update, self._uuid, **changes
+        )
+
+    async def attempt(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """One step, in a thread: when it fails, say so and go on with the others."""
+        try:
+            await asyncio.to_thread(functools.partial(call, *args, **kwargs))
+        except Exception as error:
+            log.debug("%s: %s", self._name, what, exc_info=error)
+            self.note("trouble", f"{self._name}: could not {what}: {error}")
+
+    def note(self, event: str, text: str, **figures: Any) -> None:
+        """Put a sentence into the event log."""
+        self._host.journal.note(self._name, event, text, **figures)
