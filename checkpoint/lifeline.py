@@ -102,7 +102,7 @@ class Lifeline:
         frame, fields = await self._ask(FrameType.INQUIRE, guest, generation, timeout)
         if frame.type is not FrameType.OWNER:
             raise self._wrong(frame)
-        return _owner(fields)
+        return self._owner(fields)
 
     async def stand_down(self, guest: str, generation: int, timeout: float = 2.0) -> Owner | None:
         """Ask the peer to give up its right to a guest; None when it has.
@@ -112,7 +112,7 @@ class Lifeline:
         """
         frame, fields = await self._ask(FrameType.STAND_DOWN, guest, generation, timeout)
         if frame.type is FrameType.OWNER:
-            return _owner(fields)
+            return self._owner(fields)
         if fields.integer("generation") != generation:
             raise self._wrong(frame)
         return None
@@ -149,6 +149,17 @@ class Lifeline:
             raise self._wrong(frame)
         return frame, fields
 
+    def _owner(self, untrusted_fields: Fields) -> Owner:
+        try:
+            return Owner(
+                guest=untrusted_fields.text("guest"),
+                generation=untrusted_fields.integer("generation"),
+                state=untrusted_fields.choice("state", STATES),
+            )
+        except ProtocolError as error:
+            self.link.end(error, "protocol")
+            raise
+
     def _wrong(self, frame: Frame) -> ProtocolError:
         error = ProtocolError(f"{frame.type.name} does not answer the question")
         self.link.end(error, "protocol")
@@ -180,11 +191,3 @@ class Lifeline:
                 await self.link.send(FrameType.OWNER, answer)
         except CheckpointError as error:
             self.link.end(error, "internal")
-
-
-def _owner(untrusted_fields: Fields) -> Owner:
-    return Owner(
-        guest=untrusted_fields.text("guest"),
-        generation=untrusted_fields.integer("generation"),
-        state=untrusted_fields.choice("state", STATES),
-    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import ssl
 import time
@@ -84,7 +85,10 @@ class PeerRefused(LinkError):
 
 def link_error(error: OSError, address: str) -> LinkError:
     """What an error of the socket says of the peer."""
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = str(error) or type(error).__name__
+    # A resolver's or TLS error has a number of its own kind there.
+    if error.errno and error.errno in errno.errorcode and not isinstance(error, ssl.SSLError):
+        reason = os.strerror(error.errno)
     message = f"connection with {address}: {reason}"
     if isinstance(error, TimeoutError) or error.errno in _SILENT_ERRORS:
         return PeerSilent(message)
