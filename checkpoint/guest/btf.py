@@ -26,12 +26,11 @@ _INT, _FLOAT = 1, 16
 _ALIASES = (_TYPEDEF, 9, 10, 11, 18)  # typedef, volatile, const, restrict, type tag
 _SIZED = (_INT, _STRUCT, _UNION, _ENUM, _FLOAT, _ENUM64)
 
-_FIXED = dict.fromkeys(range(1, 20), 0) | {_INT: 4, _ARRAY: 12, 14: 4, 17: 4}
-"""Bytes that follow a type's header, whatever its number of elements."""
-_EACH = dict.fromkeys(range(1, 20), 0) | {
-    _STRUCT: 12, _UNION: 12, _ENUM: 8, 13: 8, 15: 12, _ENUM64: 12,
-}  # fmt: skip
-"""Bytes that follow for each element (member, enumerator, parameter, variable)."""
+_FIXED = {_INT: 1, _ARRAY: 3, 14: 1, 17: 1}
+"""Words of 4 bytes that follow a type's header, whatever its number of elements."""
+_EACH = {_STRUCT: 3, _UNION: 3, _ENUM: 2, 13: 2, 15: 3, _ENUM64: 3}
+"""Words that follow for each element (member, enumerator, parameter, variable)."""
+_KINDS = range(1, 20)
 
 
 class Btf:
@@ -54,6 +53,8 @@ class Btf:
         text = header + text_at
         if max(self._types_end, text + text_size) > len(data):
             raise _broken("is cut short")
+        if type_size & 3:
+            raise _broken(f"has {type_size} bytes of types; expected a multiple of 4")
         self._text = data[text : text + text_size]
         self._at = array("I", [0])
         self._named: dict[tuple[int, bool], int] = {}
@@ -84,9 +85,10 @@ class Btf:
         kind = self._find(name)
         total = 0
         for step in path:
-            add, kind = self._element(kind, step) if isinstance(step, int) else self._member(
-                name, kind, step, _DEEPEST
-            )
+            if isinstance(step, int):
+                add, kind = self._element(kind, step)
+            else:
+                add, kind = self._member(name, kind, step)
             total += add
         return total
 
@@ -103,20 +105,21 @@ class Btf:
 
     def _scan(self) -> None:
         """Note where every type begins, and the number of each named struct and typedef."""
-        data, at, end = self._data, self._types, self._types_end
-        unpack, note, named = _TYPE.unpack_from, self._at.append, self._named
-        number = 1
-        while at + 12 <= end:
-            text, info, _ = unpack(data, at)
+        words = memoryview(self._data)[self._types : self._types_end].cast("I")
+        fixed = [3 + _FIXED.get(kind, 0) if kind in _KINDS else 0 for kind in range(32)]
+        each = [_EACH.get(kind, 0) for kind in range(32)]
+        note, named = self._at.append, self._named
+        at, end = 0, len(words) - 2
+        while at < end:
+            info = words[at + 1]
             kind = (info >> 24) & 31
-            if kind not in _FIXED:
+            if kind in (_STRUCT, _UNION, _TYPEDEF) and words[at]:
+                named.setdefault((words[at], kind == _TYPEDEF), len(self._at))
+            if not fixed[kind]:
                 raise _broken(f"has a type of kind {kind}, which is not known")
             note(at)
-            if text and kind in (_STRUCT, _UNION, _TYPEDEF):
-                named.setdefault((text, kind == _TYPEDEF), number)
-            at += 12 + _FIXED[kind] + _EACH[kind] * (info & 0xFFFF)
-            number += 1
-        if at != end:
+            at += fixed[kind] + each[kind] * (info & 0xFFFF)
+        if at != len(words):
             raise _broken("does not end with a whole type")
 
     def _lookup(self, name: str) -> int | None:
@@ -136,7 +139,7 @@ class Btf:
         for _ in range(_DEEPEST):
             if not 0 < number < len(self._at):
                 break
-            at = self._at[number]
+            at = self._types + 4 * self._at[number]
             _, info, value = _TYPE.unpack_from(self._data, at)
             kind = (info >> 24) & 31
             if kind not in _ALIASES:
@@ -180,22 +183,24 @@ class Btf:
             text, kind, bits = _WORDS3.unpack_from(self._data, at + 12 * index)
             yield text, kind, bits & mask
 
-    def _member(self, name: str, number: int, member: str, depth: int) -> tuple[int, int]:
+    def _member(self, name: str, number: int, member: str) -> tuple[int, int]:
         """(byte offset, type) of a member."""
-        found = self._search(number, member.encode("ascii"), depth)
+        found = self._search(number, member.encode("ascii"), set())
         if found is None:
             raise UnsupportedGuest(
                 f"the guest's kernel has no member '{member}' in its type '{name}'; expected one"
             )
         return found
 
-    def _search(self, number: int, member: bytes, depth: int) -> tuple[int, int] | None:
+    def _search(self, number: int, member: bytes, seen: set[int]) -> tuple[int, int] | None:
+        """As :meth:`_member`; no type is searched twice, so that hostile ones are no maze."""
         kind, info, _, at = self._head(number)
-        if kind not in (_STRUCT, _UNION) or not depth:
+        if kind not in (_STRUCT, _UNION) or at in seen or len(seen) == _DEEPEST:
             return None
+        seen.add(at)
         for text, inner, bits in self._members(info, at):
             if not text:
-                found = self._search(inner, member, depth - 1)
+                found = self._search(inner, member, seen)
                 if found is not None:
                     return bits // 8 + found[0], found[1]
             elif self._text.startswith(member + b"\0", text):

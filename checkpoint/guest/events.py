@@ -124,9 +124,13 @@ def settle_fifo(
     for vcpu, cpu in cpus.items():
         if cpu.control_block is None or cpu.queue is None:
             continue
-        head = _link(words, raised.get(vcpu, ()))
         block = live.get(cpu.control_block, bytes(_CONTROL.size))
         ready, reserved, *heads = _CONTROL.unpack_from(block)
+        xens = heads[DEFAULT_PRIORITY]
+        # Xen marks a queue as ready only when it was empty, so that the guest must come upon what
+        # Xen has already linked at the end of its own chain.
+        rest = xens if xens < len(words) and words[xens] & LINKED else 0
+        head = _link(words, raised.get(vcpu, ()), rest)
         if head:
             ready |= 1 << DEFAULT_PRIORITY
         memory.write(cpu.control_block, _CONTROL.pack(ready, reserved, *heads))
@@ -138,12 +142,14 @@ def settle_fifo(
         memory.write(pa, data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
 
 
-def _link(words: array[int], ports: Sequence[int]) -> int:
-    """Mark ``ports`` as pending, chain those that are free to be; the first of them, or 0.
+def _link(words: array[int], ports: Sequence[int], rest: int) -> int:
+    """Mark ``ports`` as pending, chain those that are free to be; the first of them, or ``rest``.
+
+    :param rest: port that the chain's last word leads to, 0 for none
 
     A masked event is not chained: unmasking it makes the guest call Xen, which links it then.
     """
-    following = 0
+    following = rest
     for port in sorted(set(ports), reverse=True):
         words[port] |= PENDING
         if not words[port] & (LINKED | MASKED):

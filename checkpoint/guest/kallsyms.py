@@ -34,7 +34,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from checkpoint.errors import UnsupportedGuest
 from checkpoint.guest.image import KERNEL_MAP, KernelImage, images
@@ -45,6 +45,10 @@ ENTRY = "entry_SYSCALL_64"
 
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _MOST_SYMBOLS = 1 << 20
+_MOST_HITS = 16
+"""Rows of digits that are looked at; in real kernels there are one or two."""
+_MOST_TRIES = 8
+"""Places per row at which the names are tried, each a walk over all of them."""
 _LONGEST_NAME = 0x3FFF + 2
 _LONGEST_TABLE = 16384
 _SANE_NAME = re.compile(rb"[a-zA-Z?][A-Za-z0-9_.$][\x21-\x7e]*")
@@ -154,7 +158,7 @@ class Symbols:
         :raise UnsupportedGuest: no Linux kernel with a readable symbol table, in one sentence
         """
         for image in images(memory, cr3, lstar, la57=la57):
-            for hit in image.find(_DIGITS):
+            for hit in islice(image.find(_DIGITS), _MOST_HITS):
                 try:
                     return cls._read_at(image, hit)
                 except (_MismatchError, GuestMemoryError):
@@ -190,7 +194,8 @@ class Symbols:
                 at += 1
             text = b"".join([tokens[token] for token in data[at : at + length]])
             at += length
-            yield chr(text[0]), text[1:].decode("ascii", "replace"), self._addresses[index]
+            whole = text.decode("ascii", "replace")
+            yield whole[:1], whole[1:], self._addresses[index]
 
     def all(self, name: str) -> list[int]:
         """Addresses of every symbol of that name (static ones may share it), ascending."""
@@ -299,13 +304,17 @@ def _read_tokens(image: KernelImage, digits: int) -> _Tokens:
 
 def _read_names(image: KernelImage, tokens: _Tokens) -> _Names:
     """The names and their markers, which stand before the token table."""
+    tries = iter(range(_MOST_TRIES))
     for end, order, count in _marker_ends(image, tokens.table):
         markers = _read_markers(image, end)
         if len(markers) < 2 or (count and (count + 255) >> 8 != len(markers)):
             continue
-        names = _match_names(image, end - _align(4 * len(markers)), markers, order, count)
-        if names:
-            return names
+        begin = end - _align(4 * len(markers))
+        for at, head, data in _name_starts(image, begin, markers, count):
+            if next(tries, None) is None:
+                raise _MismatchError
+            if _spans(data, markers, head):
+                return _Names(at, head, data, markers, order)
     raise _MismatchError
 
 
@@ -345,23 +354,19 @@ def _read_markers(image: KernelImage, end: int) -> array[int]:
     return words[first : last + 1]
 
 
-def _match_names(
-    image: KernelImage, end: int, markers: array[int], order: int | None, count: int
-) -> _Names | None:
-    """The names that end at ``end`` (padded to 8 bytes) and fit the markers.
+def _name_starts(
+    image: KernelImage, end: int, markers: array[int], count: int
+) -> Iterator[tuple[int, int, bytes]]:
+    """Where names that end at ``end`` (padded to 8 bytes) may begin: (address, number, bytes).
 
-    Where they begin is told by num_syms, which stands 8 bytes before with 4 bytes of padding.
+    It is told by num_syms, which stands 8 bytes before with 4 bytes of padding.
     """
     shortest = _align(markers[-1] + 2)
     block = image.before(end, shortest + 256 * 512 + 8)
     for begin in range(len(block) - shortest, 7, -8):
         (head,) = _U64.unpack_from(block, begin - 8)
-        if (head + 255) >> 8 != len(markers) or (count and head != count):
-            continue
-        data = block[begin:]
-        if _spans(data, markers, head):
-            return _Names(end - len(data), head, data, markers, order)
-    return None
+        if (head + 255) >> 8 == len(markers) and count in (0, head):
+            yield end - len(block) + begin, head, block[begin:]
 
 
 def _spans(data: bytes, markers: array[int], count: int) -> bool:

@@ -9,6 +9,7 @@ from checkpoint.guest.memory import PAGE_MASK, PAGE_SIZE, PhysicalMemory
 from checkpoint.guest.paging import AddressSpace
 
 _WORD = (1 << 64) - 1
+_LARGEST = 1 << 20
 
 
 class Kernel:
@@ -53,6 +54,11 @@ class Kernel:
 
         :raise UnsupportedGuest: they are not mapped, or not in one piece
         """
+        if size > _LARGEST:
+            raise UnsupportedGuest(
+                f"the guest's kernel has {size} bytes of data at virtual address {va:#x}; expected "
+                f"at most {_LARGEST}"
+            )
         pa = self.space.translate(va)
         page = va & ~PAGE_MASK
         while (page := page + PAGE_SIZE) < va + size:
