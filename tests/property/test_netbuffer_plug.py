@@ -1,71 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """No frame leaves before its epoch is released, whatever happens in whatever order.
 
-The epochs drive a model of ``sch_plug``, made after the comments and the code of Linux
-``net/sched/sch_plug.c`` (tests/lab/test_netbuffer.py compares the real one): a queue, the counts
-of two epochs, and a number of frames at the head that may leave.  Frames come, epochs are closed
-and released, the kernel refuses or its answer is lost, and the daemon dies, in any order.
+The epochs drive a model of ``sch_plug`` (tests/lab/test_netbuffer.py has the real one): a queue,
+the counts of two epochs, and a number of frames at the head that may leave.  Frames come, epochs
+are closed and released, the kernel refuses or its answer is lost, in any order.
 """
 
 from __future__ import annotations
-
-from collections import deque
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from netbuffer.epochs import TRANSITIONS, Epochs, Event, PlugAction, State
+from tests.unit.netbuffer_kernel import SchPlug
 
 _ASKED = [Event.CLOSE, Event.RELEASE, Event.RELEASE_ALL]
 _OUTCOMES = ["done"] * 8 + ["refused", "lost request", "lost answer"]
-
-
-class SchPlug:
-    """What the kernel does with frames and actions.
-
-    :ivar left: frames that have left, in order
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.queue: deque[int] = deque()
-        self.current = 0
-        self.last = 0
-        self.to_release = 0
-        self.unplugged = False
-        self.drops = 0
-        self.left: list[int] = []
-
-    def enqueue(self, frame: int) -> bool:
-        if len(self.queue) >= self.limit:
-            self.drops += 1
-            return False
-        if not self.unplugged:
-            self.current += 1
-        self.queue.append(frame)
-        return True
-
-    def act(self, action: PlugAction) -> None:
-        match action:
-            case PlugAction.BUFFER:
-                self.last, self.current = self.current, 0
-                self.unplugged = False
-            case PlugAction.RELEASE_ONE:
-                self.to_release += self.last
-                self.last = 0
-            case PlugAction.RELEASE_INDEFINITE:
-                self.unplugged = True
-                self.to_release = self.last = self.current = 0
-            case PlugAction.LIMIT:
-                raise AssertionError("not used")
-
-    def run(self, at_most: int) -> None:
-        """Let the transmit interrupt take some frames from the head."""
-        while at_most and self.queue and (self.unplugged or self.to_release):
-            if not self.unplugged:
-                self.to_release -= 1
-            self.left.append(self.queue.popleft())
-            at_most -= 1
 
 
 class Commit(RuleBasedStateMachine):
