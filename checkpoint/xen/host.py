@@ -260,8 +260,3 @@ def _nics(store: Store, domid: int) -> list[Nic]:
             )
         )
     return found
-
-
-def open_host() -> XenHost:
-    """The Xen that this host runs."""
-    return XenHost()

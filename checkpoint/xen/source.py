@@ -26,7 +26,7 @@ from checkpoint.guest.xenstore import xenstore_at_rest
 from checkpoint.xen import rings, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
-from checkpoint.xen.dirty import DirtyLog
+from checkpoint.xen.dirty import DirtyLog, switch_off
 from checkpoint.xen.mapping import GrantFrames, Mapping
 from checkpoint.xen.state import MachineState
 from checkpoint.xen.store import Store
@@ -83,11 +83,16 @@ class XenSource:
         self._refresh()
 
     def untrack(self) -> None:
-        if not self._tracking:
-            return
-        self._tracking = False
+        if self._tracking:
+            self._release()
+            self._log.close()
+        else:
+            switch_off(self._domain.domid)  # a killed daemon may have left it on
         self.unpause()
-        self._log.close()
+
+    def _release(self) -> None:
+        self._tracking = False
+        self._memory = RamView(memoryview(bytearray()))
         self._tables.close()
         self._grants.close()
         self._ram.close()
@@ -279,16 +284,21 @@ class XenSource:
             self._paused = True
 
     def unpause(self) -> None:
+        if not self._paused:
+            # A daemon that was killed inside a capture has left the guest paused.
+            info = self._domain.info()
+            self._paused = info is not None and info.paused and not self._destroyed
         if self._paused:
-            self._paused = False
             self._domain.unpause()
+            self._paused = False
 
     def alive(self) -> bool:
         info = self._domain.info()
         return info is not None and not info.dying and not info.shutdown
 
     def destroy(self) -> None:
-        self.untrack()
+        if self._tracking:
+            self._release()  # and stay paused: another host runs the guest
         if not self._destroyed:
-            toolstack.destroy(self._domain.domid)
             self._destroyed = True
+            toolstack.destroy(self._domain.domid)
