@@ -88,6 +88,8 @@ xenforeignmemory_handle *xenforeignmemory_open(void *logger, unsigned open_flags
 int xenforeignmemory_close(xenforeignmemory_handle *fmem);
 void *xenforeignmemory_map(xenforeignmemory_handle *fmem, uint32_t dom, int prot, size_t pages,
                            const xen_pfn_t arr[], int err[]);
+void *xenforeignmemory_map2(xenforeignmemory_handle *fmem, uint32_t dom, void *addr, int prot,
+                            int flags, size_t pages, const xen_pfn_t arr[], int err[]);
 int xenforeignmemory_unmap(xenforeignmemory_handle *fmem, void *addr, size_t pages);
 xenforeignmemory_resource_handle *xenforeignmemory_map_resource(
     xenforeignmemory_handle *fmem, uint32_t domid, unsigned int type, unsigned int id,
@@ -100,6 +102,8 @@ int xencall_close(xencall_handle *xcall);
 int xencall2(xencall_handle *xcall, unsigned int op, uint64_t arg1, uint64_t arg2);
 void *xencall_alloc_buffer_pages(xencall_handle *xcall, size_t nr_pages);
 void xencall_free_buffer_pages(xencall_handle *xcall, void *p, size_t nr_pages);
+
+void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
 """
 
 ffi = cffi.FFI()
@@ -123,6 +127,7 @@ class Libraries:
         self.guest: Any = self._load(release.libxenguest)
         self.fmem: Any = self._load("libxenforeignmemory.so.1")
         self.call: Any = self._load("libxencall.so.1")
+        self.libc: Any = ffi.dlopen(None)
         self.xch = self._open(self.xc.xc_interface_open(ffi.NULL, ffi.NULL, 0), "xc_interface_open")
         self.fmemh = self._open(
             self.fmem.xenforeignmemory_open(ffi.NULL, 0), "xenforeignmemory_open"

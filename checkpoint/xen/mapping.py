@@ -11,6 +11,11 @@ from checkpoint.errors import HypervisorError
 from checkpoint.xen.libs import Libraries, ffi, libraries
 
 _PROT_READ, _PROT_WRITE = 1, 2
+#: mmap(2): MAP_FIXED; MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+_MAP_FIXED, _MAP_RESERVE = 0x10, 0x02 | 0x20 | 0x4000
+
+#: frames mapped by one call
+_PIECE = 512
 
 #: XENMEM_resource_grant_table and its id for shared frames (xen/include/public/memory.h)
 _RESOURCE_GRANT_TABLE, _GRANT_SHARED = 1, 0
@@ -38,25 +43,42 @@ class Mapping:
         """
         self._libs = libs or libraries()
         self._count = len(gfns)
-        frames = ffi.new("xen_pfn_t[]", list(gfns))
+        self._prot = _PROT_READ | (_PROT_WRITE if writable else 0)
         errors = ffi.new("int[]", self._count)
-        prot = _PROT_READ | (_PROT_WRITE if writable else 0)
-        self._address: Any = self._libs.fmem.xenforeignmemory_map(
-            self._libs.fmemh, domid, prot, self._count, frames, errors
-        )
-        if self._address == ffi.NULL:
-            raise HypervisorError(
-                "xenforeignmemory_map", ffi.errno, f"{self._count} frames of domain {domid}"
-            )
+        self._address: Any = self._reserve()
+        # In pieces: mapping a page costs the kernel so much that one call for a whole guest would
+        # keep a processor from everything else, heartbeats included, for a second or more.
+        for start in range(0, self._count, _PIECE):
+            piece = ffi.new("xen_pfn_t[]", list(gfns[start : start + _PIECE]))
+            result = self._libs.fmem.xenforeignmemory_map2(
+                self._libs.fmemh, domid, self._at(start), self._prot, _MAP_FIXED,
+                len(piece), piece, errors + start,
+            )  # fmt: skip
+            if result == ffi.NULL:
+                error = ffi.errno
+                self.close()
+                raise HypervisorError(
+                    "xenforeignmemory_map2", error, f"{self._count} frames of domain {domid}"
+                )
         self.holes = [i for i in range(self._count) if errors[i]]
         if self.holes and not allow_holes:
             first = self.holes[0]
             error = -errors[first]
             self.close()
-            raise HypervisorError("xenforeignmemory_map", error, f"guest frame {gfns[first]:#x}")
+            raise HypervisorError("xenforeignmemory_map2", error, f"guest frame {gfns[first]:#x}")
         self.view = memoryview(ffi.buffer(self._address, self._count * PAGE_SIZE)).cast("B")
         if not writable:
             self.view = self.view.toreadonly()
+
+    def _reserve(self) -> Any:
+        """Address space for all the frames."""
+        address = self._libs.libc.mmap(ffi.NULL, self._count * PAGE_SIZE, 0, _MAP_RESERVE, -1, 0)
+        if int(ffi.cast("intptr_t", address)) == -1:
+            raise HypervisorError("mmap", ffi.errno, f"{self._count} pages of address space")
+        return address
+
+    def _at(self, index: int) -> Any:
+        return ffi.cast("char *", self._address) + index * PAGE_SIZE
 
     def page(self, index: int) -> memoryview:
         """The ``index``-th mapped frame."""
