@@ -38,18 +38,14 @@ class MemoryGuest:
     :ivar paused: what arrives while it is set waits
     """
 
-    def __init__(
-        self, description: Description, transmit: Callable[[str, bytes], None]
-    ) -> None:
+    def __init__(self, description: Description, transmit: Callable[[str, bytes], None]) -> None:
         self.description = description
         self.memory = bytearray(description.pages * PAGE_SIZE)
         self.dirty: set[int] = set()
         self.paused = False
         self.alive = True
         self.clock_offset_ns = 0
-        self.nics = [
-            Nic(0, f"vif{description.domid}.0", str(description.detail["mac"]), "memory0")
-        ]
+        self.nics = [Nic(0, f"vif{description.domid}.0", str(description.detail["mac"]), "memory0")]
         self.lock = threading.RLock()
         self._transmit = transmit
         self._inbox: deque[int] = deque()

@@ -13,7 +13,7 @@ from checkpoint.lifeline import Lifeline, Owner
 from checkpoint.link import Link, LinkOptions
 from checkpoint.network import Listener, connect, listen
 from kemari import __version__
-from kemari.config import Address, Config
+from kemari.config import Address, Config, parse_address
 from kemari.control import ControlServer
 from kemari.epoch import PrimaryState
 from kemari.errors import KemariError, NoSuchProtection, Refused
@@ -62,7 +62,8 @@ class Daemon:
         self.protections: dict[str, Protection] = {}
         self.sessions: dict[str, StandbySession] = {}
         self.recoveries: dict[str, Recovery] = {}
-        self._again: dict[str, asyncio.Task[None]] = {}
+        self.again: dict[str, Record] = {}
+        self._trying: dict[str, asyncio.Task[None]] = {}
         self._ssl_server = server_tls
         self._listener: Listener | None = None
         self._control = ControlServer(config.paths.socket, Requests(self).handle)
@@ -105,8 +106,8 @@ class Daemon:
     async def close(self) -> None:
         """End in good order: standbys are told, output is released, shells are removed."""
         self._closing = True
-        for task in self._again.values():
-            task.cancel()
+        for name in list(self._trying):
+            self._forget_again(name)
         for protection in list(self.protections.values()):
             if not protection.machine.over:
                 try:
@@ -194,55 +195,55 @@ class Daemon:
             await protection.stop(reason, force=force)
 
     def _forget_again(self, name: str) -> bool:
-        task = self._again.pop(name, None)
-        if task is not None:
+        task = self._trying.pop(name, None)
+        if task is not None and task is not asyncio.current_task():
             task.cancel()
-        return task is not None
+        return self.again.pop(name, None) is not None
 
     def _protect_again(self, record: Record, *, at_once: bool = False) -> None:
         self._forget_again(record.guest)
-        self._again[record.guest] = self.host.spawn(
+        self.again[record.guest] = record
+        self._trying[record.guest] = self.host.spawn(
             self._keep_trying(record, 0.0 if at_once else AGAIN), f"{record.guest}: again"
         )
 
     async def _keep_trying(self, record: Record, delay: float) -> None:
         """Protect a guest again, with the options that it had, as soon as its standby is back."""
         guest, said = record.guest, ""
+        task = self._trying[guest]
         options = Options(**{key: record.options[key] for key in Options.__dataclass_fields__})
-        standby = tuple(
-            self.host.config.resolve_peer(each)[0] for each in record.options["standby"]
-        )
+        standby = tuple(parse_address(each) for each in record.options["standby"])
         while await asyncio.to_thread(self.host.hypervisor.domain_exists, guest):
             await asyncio.sleep(delay)
-            task = self._again.pop(guest, None)
             try:
                 protection = await self.protect(guest, standby, options)
                 await protection.establish()
+                return
             except (CheckpointError, KemariError) as error:
                 if str(error) != said:
                     said = str(error)
                     self.host.journal.note(
                         guest, "unprotected", f"{guest} is still UNPROTECTED: {said}"
                     )
-            else:
-                return
-            if task is not None:
-                self._again[guest] = task
+            if self._closing or guest in self._trying:
+                return  # somebody else sees to it
+            self.again[guest], self._trying[guest] = record, task
             delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT)
+        self._forget_again(guest)
 
     async def _recover(self, record: Record) -> None:
         recovery = self.recoveries[record.guest]
         try:
             resolved = await recovery.resolve()
+            if resolved.role is Role.OWNER:
+                if self.host.config.resume:
+                    self._protect_again(resolved, at_once=True)
+                else:
+                    self.host.journal.note(
+                        record.guest, "unprotected", f"protection of {record.guest} is off"
+                    )
         finally:
             del self.recoveries[record.guest]
-        if resolved.role is Role.OWNER:
-            if self.host.config.resume:
-                self._protect_again(resolved, at_once=True)
-            else:
-                self.host.journal.note(
-                    record.guest, "unprotected", f"protection of {record.guest} is off"
-                )
 
     # ---- Section: standing by ----
 
@@ -285,7 +286,7 @@ class Daemon:
         record = self.host.ledger.get(guest)
         if record is None:
             return Owner(guest, 0, "none")
-        owning = record.role in (Role.OWNER, Role.PRIMARY)
+        owning = record.role in (Role.OWNER, Role.PRIMARY, Role.CLAIMED)
         if owning and await asyncio.to_thread(self.host.hypervisor.domain_exists, record.guest):
             return Owner(guest, record.generation, "running" if record.came_from else "primary")
         return Owner(guest, record.generation, "none")

@@ -107,6 +107,7 @@ class Primary:
         self.let_go: LetGoReason | None = None
         self._trigger = False
         self._handover = False
+        self._final = False
         self._retrying = False
 
     @property
@@ -183,7 +184,7 @@ class Primary:
         self.captured = epoch
         if self.over:
             return [Unpause()] if self.state is PrimaryState.UNPROTECTED else []
-        self.handed = self._handover
+        self.handed = self._final
         # The driver lets the guest run at the end of a capture that was begun before the stall.
         actions: Actions = [Pause()] if self.stalled else []
         # While the protection was ending, the capture is of no more use: it is never sent, so the
@@ -265,7 +266,8 @@ class Primary:
             return []
         self._trigger = False
         self.capturing = True
-        return [Capture(self.captured + 1, keep_paused=self._handover or self.stalled)]
+        self._final = self._handover
+        return [Capture(self.captured + 1, keep_paused=self._final or self.stalled)]
 
     # -- the end --
 

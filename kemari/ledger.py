@@ -42,6 +42,8 @@ class Role(enum.StrEnum):
     PRIMARY = "primary"
     #: holds copies of the guest for the peer
     STANDBY = "standby"
+    #: claimed the guest and began to revive it
+    CLAIMED = "claimed"
     #: runs the guest alone: it took over, or protection ended here
     OWNER = "owner"
     #: the peer owns the guest: a copy here must never run
@@ -87,6 +89,8 @@ class Duty(enum.Enum):
     ASK = enum.auto()
     #: remove the remains of a shell and never take over that generation
     STAND_DOWN = enum.auto()
+    #: find out whether the revival was finished; if not, undo it
+    LOOK = enum.auto()
     #: destroy a copy of the guest if one is here: the peer owns it
     GIVE_UP = enum.auto()
 
@@ -103,6 +107,8 @@ def duty_at_start(record: Record) -> Duty:
             return Duty.ASK
         case Role.STANDBY:
             return Duty.STAND_DOWN
+        case Role.CLAIMED:
+            return Duty.LOOK
         case Role.MOVED:
             return Duty.GIVE_UP
         case Role.OWNER | Role.RELEASED:
@@ -114,7 +120,7 @@ def answer_to_stand_down(record: Record | None, generation: int) -> tuple[bool, 
 
     :return: (whether this host runs the guest, the generation since which it does)
     """
-    owns = record is not None and record.role in (Role.OWNER, Role.PRIMARY)
+    owns = record is not None and record.role in (Role.OWNER, Role.PRIMARY, Role.CLAIMED)
     if owns and record is not None and record.generation > generation:
         return True, record.generation
     return False, generation

@@ -180,26 +180,16 @@ async def clean(host: Host) -> list[Record]:
     asked, keep = [], set()
     for record in host.ledger:
         duty = duty_at_start(record)
-        if duty is Duty.STAND_DOWN:
-            try:
-                found = await asyncio.to_thread(host.hypervisor.destroy_shell, record.guest)
-                host.ledger.update(record.uuid, role=Role.RELEASED, reason="kemarid was restarted")
-            except (CheckpointError, LedgerError) as error:
-                host.journal.note(
-                    record.guest, "trouble", f"a shell of {record.guest} is still there: {error}"
-                )
-            else:
-                host.journal.note(
-                    record.guest,
-                    "stood-down",
-                    f"kemarid was restarted: no longer stands by for {record.guest}"
-                    + ("; its shell was removed" if found else ""),
-                )
-        elif duty in (Duty.ASK, Duty.GIVE_UP):
-            exists = await asyncio.to_thread(host.hypervisor.domain_exists, record.guest)
-            if duty is Duty.ASK or exists:
-                asked.append(record)
-                keep |= set(record.options.get("devices", ()))
+        here = duty is not Duty.NONE and await asyncio.to_thread(
+            host.hypervisor.domain_exists, record.guest
+        )
+        if duty is Duty.LOOK and here:
+            await _put(host, record, Role.OWNER, "the takeover was complete")
+        elif duty in (Duty.STAND_DOWN, Duty.LOOK):
+            await _stand_down(host, record)
+        elif duty is Duty.ASK or (duty is Duty.GIVE_UP and here):
+            asked.append(record)
+            keep |= set(record.options.get("devices", ()))
     owners = {
         device: record for record in host.ledger for device in record.options.get("devices", ())
     }
@@ -209,3 +199,28 @@ async def clean(host: Host) -> list[Record]:
             gone = owner is not None and owner.role is Role.MOVED
             await reclaim(host, owner.guest if owner else "", device, release=not gone)
     return asked
+
+
+async def _stand_down(host: Host, record: Record) -> None:
+    """The epochs held here died with the last daemon: remove what is left of the shell."""
+    try:
+        found = await asyncio.to_thread(host.hypervisor.destroy_shell, record.guest)
+    except CheckpointError as error:
+        host.journal.note(
+            record.guest, "trouble", f"a shell of {record.guest} is still there: {error}"
+        )
+        return
+    await _put(host, record, Role.RELEASED, "kemarid was restarted")
+    host.journal.note(
+        record.guest,
+        "stood-down",
+        f"kemarid was restarted: no longer stands by for {record.guest}"
+        + ("; its shell was removed" if found else ""),
+    )
+
+
+async def _put(host: Host, record: Record, role: Role, reason: str) -> None:
+    try:
+        await asyncio.to_thread(lambda: host.ledger.update(record.uuid, role=role, reason=reason))
+    except LedgerError as error:
+        host.journal.note(record.guest, "trouble", f"{record.guest}: {error}")

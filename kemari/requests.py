@@ -174,6 +174,10 @@ class Requests:
         found += [session.status() for session in daemon.sessions.values() if session.uuid]
         found += [protection.status() for protection in daemon.protections.values()]
         known = {status["guest"] for status in found}
+        for record in daemon.again.values():
+            if record.guest not in known:
+                known.add(record.guest)
+                found.append(_remembered(record))
         here = {name for _, name in await asyncio.to_thread(daemon.host.hypervisor.domains)}
         for record in daemon.host.ledger:
             if record.guest in known:
@@ -211,7 +215,7 @@ class _Forget:
 
 
 def _remembered(record: Record) -> dict[str, Any]:
-    """The status of a guest that only the ledger knows."""
+    """The status of a guest that only the ledger knows, or that is to be protected again."""
     moved = record.role is Role.MOVED
     return {
         "guest": record.guest,

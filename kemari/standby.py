@@ -149,14 +149,17 @@ class StandbySession:
 
     def status(self) -> dict[str, Any]:
         """What ``kemari status`` shows."""
+        running = self.machine.state is StandbyState.RUNNING
         return {
             "guest": self.guest,
             "uuid": self.uuid,
-            "role": "standby",
-            "state": self.machine.state.name.lower().replace("_", "-"),
+            "role": "owner" if running else "standby",
+            "state": "unprotected"
+            if running
+            else self.machine.state.name.lower().replace("_", "-"),
             "protected": self.machine.state is StandbyState.READY,
             "peer": self.primary,
-            "generation": self.generation,
+            "generation": self.generation + running,
             "epoch": self.machine.complete,
             "since": round(self.since, 3),
             "why": self.why,
@@ -367,16 +370,7 @@ class StandbySession:
         try:
             if committed.epoch not in (number, number - 1):
                 raise ReviveError(f"epoch {number} is complete, but {committed.epoch} is applied")
-            await asyncio.to_thread(
-                functools.partial(
-                    host.ledger.update,
-                    self.uuid,
-                    role=Role.OWNER,
-                    generation=self.generation + 1,
-                    came_from=self.primary,
-                    reason=self.why,
-                )
-            )
+            await self._claim(Role.CLAIMED)
             elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
             await asyncio.to_thread(shell.revive, committed.state, elapsed)
         except Exception as error:
@@ -388,6 +382,7 @@ class StandbySession:
         revived = time.monotonic() - started
         actions = self.machine.revived()
         host.spawn(self._announce(shell), f"{self.guest}: announce")
+        await _attempt(self, "record the takeover", self._claim(Role.OWNER))
         self.note(
             "takeover",
             f"{host.config.host} runs {self.guest} from epoch {committed.epoch} since generation "
@@ -399,6 +394,17 @@ class StandbySession:
         )
         self.over.set()
         return actions
+
+    async def _claim(self, role: Role) -> None:
+        update = functools.partial(
+            self._host.ledger.update,
+            self.uuid,
+            role=role,
+            generation=self.generation + 1,
+            came_from=self.primary,
+            reason=self.why,
+        )
+        await asyncio.to_thread(update)
 
     async def _announce(self, shell: Shell) -> None:
         try:

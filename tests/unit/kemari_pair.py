@@ -81,16 +81,30 @@ class Fabric:
     :ivar dead: hosts without power
     :ivar unplugged: networks that carry nothing
     :ivar where: address -> (host, network)
+    :ivar delay: seconds that each chunk takes
     """
 
     dead: set[str] = field(default_factory=set)
     unplugged: set[str] = field(default_factory=set)
     where: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
+    delay: float = 0.0
+    chunks_left: int = -1
+    at_the_end: Callable[[], None] = lambda: None
     loop: Loop = field(default_factory=lambda: Loop("fabric"))
 
     def carries(self, one: str, other: str, network: str) -> bool:
         """Whether bytes get through now."""
         return not {one, other} & self.dead and network not in self.unplugged
+
+    def cut_after(self, chunks: int, act: Callable[[], None]) -> None:
+        """Call ``act`` when the replication link has carried so many more chunks."""
+        self.chunks_left, self.at_the_end = chunks, act
+
+    def _count(self, network: str) -> None:
+        if network == "link" and self.chunks_left >= 0:
+            self.chunks_left -= 1
+            if self.chunks_left < 0:
+                self.at_the_end()
 
     async def relay(self, source: str, host: str, port: int) -> int:
         """The port of a new relay for one connection from ``source`` to an address."""
@@ -130,6 +144,11 @@ class Fabric:
                     await asyncio.sleep(0.01)
                 if not data:
                     break
+                self._count(network)
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                if not self.carries(one, other, network):
+                    continue
                 writer.write(data)
                 await writer.drain()
         writer.close()
@@ -143,9 +162,7 @@ class Fabric:
                 await asyncio.sleep(options.connect_timeout)
                 raise PeerSilent(f"{host}:{port} did not answer")
             relayed = await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(
-                    self.relay(source, host, port), self.loop.loop
-                )
+                asyncio.run_coroutine_threadsafe(self.relay(source, host, port), self.loop.loop)
             )
             return await connect("127.0.0.1", relayed, hello, options)
 

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
-from tests.unit.kemari_pair import Pair
+import pytest
+
+from checkpoint.errors import ReviveError
+from kemari.errors import KemariError, NoSuchProtection, PeerUnreachable, Refused
+from tests.unit.kemari_pair import Pair, await_true
 
 
 def test_start_protects_and_output_waits_for_its_epoch(tmp_path: Path) -> None:
@@ -18,3 +23,513 @@ def test_start_protects_and_output_waits_for_its_epoch(tmp_path: Path) -> None:
         status = pair.a.status("web")
         assert status["statistics"]["checkpoints"] >= 20
         assert pair.b.status("web")["state"] == "ready"
+
+
+def test_power_cut_while_talking(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(20)
+        pair.a.power_cut()
+        pair.talk(20)
+        pair.check_answers()
+        status = pair.b.status("web")
+        assert status["role"] == "owner"
+        assert status["came_from"] == "a"
+        assert status["generation"] == 2
+        assert status["protected"] is False
+        assert pair.switch.announced[-1][0] == "b"
+        await_true(lambda: "takeover" in pair.b.events("web"), "the takeover is in the log")
+
+
+def test_power_cut_while_idle(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        await_true(lambda: "web" in pair.b.hypervisor.guests, "the guest runs on b")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_stop_leaves_nothing(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.request("stop", domain="web")
+        pair.talk(3)
+        pair.check_answers()
+        assert not pair.a.network.buffers
+        assert not pair.b.hypervisor.shells
+        with pytest.raises(NoSuchProtection):
+            pair.a.status("web")
+        pair.protect()
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_planned_failover_there_and_back(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        moved = pair.a.request("failover", domain="web")
+        assert moved["host"] == "b"
+        assert "web" not in pair.a.hypervisor.guests
+        pair.talk(5)
+        assert pair.a.status("web")["state"] == "moved"
+        assert pair.b.request("start", domain="web", standby="a")["protected"] is True
+        pair.talk(5)
+        assert pair.b.request("failover", domain="web")["host"] == "a"
+        pair.talk(5)
+        pair.check_answers()
+        assert pair.a.status("web")["generation"] == 4
+
+
+def test_standby_power_cut(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        pair.b.power_cut()
+        pair.talk(5)
+        pair.check_answers()
+        await_true(lambda: pair.a.status("web")["state"] == "unprotected", "unprotected")
+        assert not pair.a.network.buffers
+
+
+def test_replication_link_unplugged(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        pair.fabric.unplugged.add("link")
+        pair.talk(5)
+        pair.check_answers()
+        await_true(lambda: not pair.b.hypervisor.shells, "b has stood down")
+        assert pair.a.status("web")["state"] == "unprotected"
+        assert "web" not in pair.b.hypervisor.guests
+
+
+def test_primary_daemon_killed_and_restarted(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        pair.a.kill()
+        pair.guest.request(5)
+        assert len(pair.answers()) == 5, "output of an epoch that nobody acknowledged was seen"
+        pair.a.start()
+        pair.talk(5)
+        pair.check_answers()
+        await_true(lambda: pair.a.status("web")["protected"], "protected again")
+        pair.talk(5)
+        pair.check_answers()
+        assert "web" not in pair.b.hypervisor.guests
+
+
+def test_standby_daemon_killed_and_restarted(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        pair.b.kill()
+        pair.b.start()
+        pair.talk(5)
+        pair.check_answers()
+        await_true(lambda: pair.a.status("web")["protected"], "protected again")
+
+
+def test_returning_primary_never_runs_its_stale_copy(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        pair.a.power_cut()
+        pair.talk(5)
+        pair.a.power_on()
+        await_true(lambda: pair.a.status("web")["state"] == "moved", "a knows that it moved")
+        assert "web" not in pair.a.hypervisor.guests
+        pair.talk(5)
+        pair.check_answers()
+
+
+def test_primary_daemon_frozen_is_taken_over_and_gives_up(tmp_path: Path) -> None:
+    """The daemon of a living host stands still: its guest's output stays held, so b may run it."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        stale = pair.guest
+        wake = threading.Event()
+        assert pair.a.loop
+        pair.a.loop.loop.call_soon_threadsafe(wake.wait)
+        await_true(lambda: "web" in pair.b.hypervisor.guests, "the guest runs on b")
+        stale.request(999)  # the stale copy goes on, unseen
+        wake.set()
+        await_true(lambda: "web" not in pair.a.hypervisor.guests, "a destroyed its copy")
+        pair.talk(5)
+        pair.check_answers()
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [("track", 1), ("copy_live", 1), ("copy_live", 3), ("capture", 1)],
+)
+def test_power_cut_before_the_first_checkpoint(tmp_path: Path, point: str, count: int) -> None:
+    """The guest is lost with its host: b says so and cleans up."""
+    with Pair(tmp_path) as pair:
+        pair.a.cut_at(point, count)
+        starting = threading.Thread(target=_start_and_fail, args=(pair,), daemon=True)
+        starting.start()
+        await_true(lambda: "a" in pair.fabric.dead, "power cut")
+        await_true(lambda: "lost" in pair.b.events("web"), "b says that the guest is lost")
+        await_true(lambda: not pair.b.hypervisor.shells, "b has removed the shell")
+        assert "web" not in pair.b.hypervisor.guests
+
+
+def _start_and_fail(pair: Pair) -> None:
+    with pytest.raises(KemariError):
+        pair.protect()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
+def test_power_cut_in_every_part_of_a_checkpoint(tmp_path: Path, count: int) -> None:
+    """Inside a capture, before and after the guest's output was closed."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(2)
+        pair.a.cut_at("capture", count)
+        pair.talk(20)
+        pair.check_answers()
+        await_true(lambda: "a" in pair.fabric.dead, "power cut")
+        pair.talk(5)
+        pair.check_answers()
+
+
+@pytest.mark.parametrize("sent", range(0, 40, 4))
+def test_power_cut_at_any_byte_of_the_link(tmp_path: Path, sent: int) -> None:
+    """The link carries so many more chunks, then the power fails."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(2)
+        pair.fabric.cut_after(sent, pair.a.power_cut)
+        pair.talk(30)
+        pair.check_answers()
+        await_true(lambda: "a" in pair.fabric.dead, "power cut")
+        pair.talk(5)
+        pair.check_answers()
+
+
+def test_ten_power_cuts_in_a_row(tmp_path: Path) -> None:
+    """There and back: each survivor is protected again to the host that died."""
+    with Pair(tmp_path) as pair:
+        for turn in range(10):
+            here, there = (pair.a, pair.b) if turn % 2 == 0 else (pair.b, pair.a)
+            here.request("start", domain="web", standby=there.name)
+            pair.talk(5)
+            here.power_cut()
+            pair.talk(5)
+            pair.check_answers()
+            here.power_on()
+            await_true(lambda here=here: here.status("web")["state"] == "moved", "moved")
+        assert pair.b.hypervisor.shells == {}
+
+
+def test_replication_link_unplugged_and_plugged_in_again(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.fabric.unplugged.add("link")
+        await_true(lambda: pair.a.status("web")["state"] == "unprotected", "unprotected")
+        pair.fabric.unplugged.discard("link")
+        await_true(lambda: pair.a.status("web")["protected"], "protected again")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_partition_with_policy_hold_never_shows_two_owners(tmp_path: Path) -> None:
+    with Pair(tmp_path, on_standby_loss="hold") as pair:
+        pair.protect()
+        pair.talk(3)
+        stale = pair.guest
+        pair.fabric.unplugged |= {"link", "lan"}
+        await_true(lambda: "web" in pair.b.hypervisor.guests, "b took over")
+        stale.request(77)
+        await_true(lambda: pair.a.status("web")["state"] == "holding", "a holds")
+        assert all(number != 77 for _, number, _, _ in pair.answers())
+        pair.fabric.unplugged.clear()
+        await_true(lambda: "web" not in pair.a.hypervisor.guests, "a gave up")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_standby_lost_with_policy_hold_and_forced_stop(tmp_path: Path) -> None:
+    with Pair(tmp_path, on_standby_loss="hold") as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.power_cut()
+        await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
+        with pytest.raises(Refused, match="does not answer"):
+            pair.a.request("stop", domain="web")
+        pair.guest.request(3)
+        assert len(pair.answers()) == 3
+        pair.a.request("stop", domain="web", force=True)
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_both_daemons_stopped_in_good_order(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.stop()
+        pair.talk(3)
+        pair.a.stop()
+        pair.talk(3)
+        pair.check_answers()
+        assert not pair.a.network.buffers
+        assert not pair.b.hypervisor.shells
+
+
+def test_primary_daemon_restarted_in_good_order_resumes(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect(interval_ms=77)
+        pair.talk(3)
+        pair.a.stop()
+        pair.talk(3)
+        pair.a.start()
+        await_true(lambda: pair.a.status("web")["protected"], "protected again")
+        assert pair.a.status("web")["options"]["interval_ms"] == 77
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_primary_daemon_killed_then_its_host_dies(tmp_path: Path) -> None:
+    """The standby kept its copy when only the daemon was gone, and takes over when the host is."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        pair.a.kill()
+        pair.guest.request(5)
+        await_true(lambda: "link-closed" in pair.b.events("web"), "b has noticed")
+        assert "web" not in pair.b.hypervisor.guests
+        pair.fabric.dead.add("a")
+        pair.a.network.powered = False
+        pair.a.hypervisor.power_cut()
+        pair.talk(5)
+        pair.check_answers()
+
+
+def test_primary_daemon_killed_and_standby_took_over_meanwhile(tmp_path: Path) -> None:
+    """a's kernel was cut off with its daemon dead; back on the network, it learns that b runs it."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(5)
+        pair.a.kill()
+        pair.guest.request(5)
+        pair.fabric.dead.add("a")
+        await_true(lambda: "web" in pair.b.hypervisor.guests, "b took over")
+        pair.fabric.dead.discard("a")
+        pair.a.start()
+        await_true(lambda: "web" not in pair.a.hypervisor.guests, "a destroyed its copy")
+        assert not pair.a.network.buffers
+        pair.talk(5)
+        pair.check_answers()
+
+
+def test_standby_that_cannot_revive_gives_a_planned_failover_back(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+
+        def refuse(point: str) -> None:
+            if point == "revive":
+                raise ReviveError("no memory")
+
+        pair.b.hypervisor.reached = refuse
+        with pytest.raises(KemariError, match="no memory"):
+            pair.a.request("failover", domain="web")
+        pair.talk(3)
+        pair.check_answers()
+        assert not pair.b.hypervisor.shells
+
+
+def test_standby_daemon_killed_in_the_middle_of_a_revival(tmp_path: Path) -> None:
+    """The claim was on disk, the guest not yet alive: undone at restart; the primary goes on."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.cut_at("revive", act=pair.b.kill)
+        moving = threading.Thread(target=_failover_and_fail, args=(pair,), daemon=True)
+        moving.start()
+        await_true(lambda: pair.b.loop and not pair.b.loop.thread.is_alive(), "b is dead")
+        pair.b.hypervisor.reached = lambda point: None
+        pair.b.start()
+        pair.talk(3)
+        pair.check_answers()
+        assert not pair.b.hypervisor.shells
+
+
+def _failover_and_fail(pair: Pair) -> None:
+    with pytest.raises(KemariError):
+        pair.a.request("failover", domain="web")
+
+
+# ---- The guest and its output ----
+
+
+def test_restless_guest_is_captured_later(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.a.hypervisor.restless = 5
+        pair.talk(3)
+        pair.check_answers()
+        assert pair.a.status("web")["statistics"]["not_quiescent"] >= 5
+
+
+def test_staging_grows_with_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kemari.cycle.STAGING_PAGES", 2)
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        for page in range(1, 60):
+            pair.guest.write(page, b"changed")
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+        survivor = pair.running()
+        assert survivor is not None
+        assert survivor.memory[59 * 4096 : 59 * 4096 + 7] == b"changed"
+
+
+def test_full_buffer_stalls_the_guest_and_is_counted(tmp_path: Path) -> None:
+    with Pair(tmp_path, buffer_limit=64, interval_ms=20_000) as pair:
+        pair.protect()
+        pair.fabric.delay = 0.05
+        for number in range(200):
+            pair.guest.request(number)
+            threading.Event().wait(0.001)
+        await_true(lambda: len(pair.answers()) == 200, "all answers")
+        pair.check_answers()
+        assert pair.a.status("web")["statistics"]["stalls"] > 0
+
+
+def test_guest_that_shuts_down_ends_its_protection(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.hypervisor.destroy_domain("web")
+        await_true(lambda: "guest-gone" in pair.a.events("web"), "a has noticed")
+        await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
+        assert not pair.a.network.buffers
+        assert "web" not in pair.b.hypervisor.guests
+
+
+def test_the_clock_goes_on(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.guest.clock_offset_ns = 10**15
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(1)
+        survivor = pair.running()
+        assert survivor is not None
+        jump = abs(survivor.clock_offset_ns - 10**15)
+        assert jump < 0.25e9, f"the clock jumped by {jump / 1e6} ms"
+
+
+def test_interval_only(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect(interval_only=True, interval_ms=200)
+        pair.guest.request(0)
+        assert pair.answers() == []
+        await_true(lambda: len(pair.answers()) == 1, "released by the timer's checkpoint")
+
+
+# ---- Wrong inputs ----
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        with pytest.raises(KemariError, match="Domain nope does not exist"):
+            pair.a.request("start", domain="nope", standby="b")
+        with pytest.raises(KemariError, match="not an address"):
+            pair.a.request("start", domain="web", standby="b c")
+        with pytest.raises(KemariError, match="this host itself"):
+            address = str(pair.a.config.listen[0])
+            pair.a.request("start", domain="web", standby=address)
+        with pytest.raises(Refused, match="interval_ms is 1; expected 10 to 60000"):
+            pair.protect(interval_ms=1)
+        with pytest.raises(Refused, match="not an operation"):
+            pair.a.request("dance")
+        with pytest.raises(NoSuchProtection):
+            pair.a.request("stop", domain="web")
+        with pytest.raises(NoSuchProtection):
+            pair.a.request("failover", domain="web")
+        with pytest.raises(NoSuchProtection):
+            pair.a.request("status", domain="web")
+        pair.protect()
+        with pytest.raises(Refused, match="protected already"):
+            pair.protect()
+        with pytest.raises(Refused, match="runs on a"):
+            pair.b.request("failover", domain="web")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_standby_without_memory(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.b.hypervisor.memory_pages = 10
+        with pytest.raises(KemariError, match="needs 64 pages, 10 are free"):
+            pair.protect()
+        pair.talk(3)
+        pair.check_answers()
+        assert not pair.a.network.buffers
+        pair.b.hypervisor.memory_pages = 100
+        pair.protect()
+
+
+def test_standby_with_a_domain_of_that_name(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.b.hypervisor.boot("web")
+        with pytest.raises(KemariError, match="a domain named web exists on b"):
+            pair.protect()
+
+
+def test_standby_unreachable(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.b.power_cut()
+        with pytest.raises(PeerUnreachable, match="No kemarid answers"):
+            pair.protect()
+
+
+def test_standby_lost_during_the_first_copy(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        calls = iter(range(100))
+
+        def reached(point: str) -> None:
+            if point == "copy_live" and next(calls) == 1:
+                pair.b.power_cut()
+
+        pair.a.hypervisor.reached = reached
+        with pytest.raises(KemariError):
+            pair.protect()
+        pair.talk(3)
+        pair.check_answers()
+        assert not pair.a.network.buffers
+
+
+def test_stop_during_the_first_copy(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        reached, go = threading.Event(), threading.Event()
+
+        def wait(point: str) -> None:
+            if point == "copy_live":
+                reached.set()
+                go.wait(60)
+
+        pair.a.hypervisor.reached = wait
+        starting = threading.Thread(target=_start_and_fail, args=(pair,), daemon=True)
+        starting.start()
+        assert reached.wait(60)
+        stopping = threading.Thread(target=pair.a.request, args=("stop",), kwargs={"domain": "web"})
+        stopping.start()
+        go.set()
+        stopping.join(60)
+        starting.join(60)
+        await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
+        pair.talk(3)
+        pair.check_answers()
