@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lablib.command import extend_path, say
-from lablib.errors import LabError
-from lablib.guest import GuestOptions
-from lablib.host import Machine
-from lablib.lab import DEFAULT_SUITE, Lab, Options
-from lablib.network import HOSTS, LINKS
-from lablib.recipe import NEEDED, RECIPES
+from vagrant.lablib.command import extend_path, say
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.guest import GuestOptions
+from vagrant.lablib.host import Machine
+from vagrant.lablib.lab import DEFAULT_SUITE, Lab, Options
+from vagrant.lablib.network import HOSTS, LINKS
+from vagrant.lablib.recipe import NEEDED, RECIPES
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--host-memory", type=int, default=machine.memory_mib, help="MiB (%(default)s)")
     _add_guest_options(up)
     command("install", "put the project as it is now onto the running hosts")
+    command("reset", "plug links, boot hosts, destroy guests, restart kemarid")
     command("down", "take everything down; logs stay")
     status = command("status", "show what runs")
     status.add_argument("--json", action="store_true")
@@ -149,6 +150,8 @@ def _run(args: argparse.Namespace) -> int:
             lab.up(Options(suite, machine, guest, project=not args.no_project))
         case "install":
             lab.install()
+        case "reset":
+            lab.reset()
         case "down":
             lab.down()
         case "status":

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lablib.errors import LabError
-from lablib.recipe import NEEDED
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.recipe import NEEDED
 
 # Debian does not put these into an ordinary user's PATH.
 SYSTEM_PATH = ("/usr/sbin", "/sbin")

@@ -9,12 +9,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lablib.command import check_programs, run
-from lablib.errors import LabError
-from lablib.image import HERE, Base, LayerFile, guest_initramfs
-from lablib.initramfs import Entry, Modules
-from lablib.network import GUEST_IPV4, Network
-from lablib.recipe import GUEST_MODULES
+from vagrant.lablib.command import check_programs, run
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.image import HERE, Base, LayerFile, guest_initramfs
+from vagrant.lablib.initramfs import Entry, Modules
+from vagrant.lablib.network import GUEST_IPV4, Network
+from vagrant.lablib.recipe import GUEST_MODULES
 
 NAME = "demo"
 ECHO_PORT = 7777
@@ -86,9 +86,7 @@ def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
         image, modules = _foreign_kernel(options.kernel)
         kernel = f"/{FOLDER}/vmlinuz"
         files[f"{FOLDER}/vmlinuz"] = LayerFile(image)
-    files[f"{FOLDER}/initramfs"] = LayerFile(
-        guest_initramfs(base.busybox, modules, compile_demo())
-    )
+    files[f"{FOLDER}/initramfs"] = LayerFile(guest_initramfs(base.busybox, modules, compile_demo()))
     files["root/guest.cfg"] = LayerFile(config(options, kernel).encode(), stat.S_IFREG | 0o644)
     return files
 

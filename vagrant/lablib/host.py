@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lablib.command import run
-from lablib.errors import LabError
-from lablib.network import ALL_LINKS, HOSTS, Network, tap
-from lablib.process import Remembered
+from vagrant.lablib.command import run
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.network import ALL_LINKS, HOSTS, Network, tap
+from vagrant.lablib.process import Remembered
 
 # Under emulation a busy machine can take many times as long as an idle one.
 BOOT_TIMEOUT = 600.0

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lablib.command import check_programs, rooted, run, step
-from lablib.errors import LabError
-from lablib.initramfs import Entry, Modules, archive, folder, insmod_lines, program
-from lablib.recipe import DOM0_BOOT_MODULES, GUEST_MODULES, Recipe
+from vagrant.lablib.command import check_programs, rooted, run, step
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.initramfs import Entry, Modules, archive, folder, insmod_lines, program
+from vagrant.lablib.recipe import DOM0_BOOT_MODULES, GUEST_MODULES, Recipe
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -234,6 +234,7 @@ def _disk(recipe: Recipe, root: Path, disk: Path) -> None:
 HOST_FILES = {
     "usr/lib/kemari-lab/init": ("init", True),
     "usr/lib/kemari-lab/kemarid-up": ("kemarid-up", True),
+    "usr/lib/kemari-lab/reset": ("reset", True),
     "usr/lib/kemari-lab/kemari.toml": ("kemari.toml", False),
     # /etc/service is a link to .../default.
     "etc/runit/runsvdir/default/kemarid/run": ("kemarid-run", True),

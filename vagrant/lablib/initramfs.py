@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lablib.errors import LabError
+from vagrant.lablib.errors import LabError
 
 INSMOD_DIR = "mod"
 

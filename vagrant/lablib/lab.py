@@ -6,19 +6,19 @@ from __future__ import annotations
 import fcntl
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lablib import guest as guests
-from lablib.command import check_programs, say, step
-from lablib.errors import LabError
-from lablib.guest import GuestOptions, guest_layer, wait_for_service
-from lablib.host import Host, Machine
-from lablib.image import (
+from vagrant.lablib import guest as guests
+from vagrant.lablib.command import check_programs, say, step
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.guest import GuestOptions, guest_layer, wait_for_service
+from vagrant.lablib.host import Host, Machine
+from vagrant.lablib.image import (
     Base,
     Layer,
     LayerFile,
@@ -29,10 +29,10 @@ from lablib.image import (
     tar_of,
     write_disk,
 )
-from lablib.network import HOSTS, LINKS, Network
-from lablib.project import project_layer
-from lablib.recipe import NEEDED, recipe_for
-from lablib.ssh import Result, Ssh
+from vagrant.lablib.network import HOSTS, LINKS, Network
+from vagrant.lablib.project import project_layer
+from vagrant.lablib.recipe import NEEDED, recipe_for
+from vagrant.lablib.ssh import Result, Ssh
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DEFAULT_SUITE = "bookworm"
@@ -193,9 +193,7 @@ class Lab:
             self.ssh_client.connect(name)
             say(f"host {name} is up after {seconds:.0f} s")
 
-        with ThreadPoolExecutor() as pool:
-            for waiting in [pool.submit(wait, name) for name in names]:
-                waiting.result()
+        self._on_hosts(names, wait)
 
     def boot(self, name: str) -> None:
         """Give a host its power back and wait until it is up; its disk is as it was.
@@ -360,9 +358,27 @@ class Lab:
                 self.write(name, layer)
                 self.ssh(name, "/usr/lib/kemari-lab/kemarid-up")
 
-            with ThreadPoolExecutor() as pool:
-                for waiting in [pool.submit(to_host, name) for name in names]:
-                    waiting.result()
+            self._on_hosts(names, to_host)
+
+    def reset(self) -> None:
+        """Make a lab that was used ready for the next use, in seconds.
+
+        Links are plugged, hosts have power, no guest is left, and kemarid runs without a memory of
+        what was protected.
+
+        :raises LabError: the lab is down, or a host did not do it
+        """
+        with self._lock():
+            for name in HOSTS:
+                for link in LINKS:
+                    self.network.set_link(name, link, plugged=True)
+            self._boot([name for name in HOSTS if not self.hosts[name].is_running])
+            self._on_hosts(HOSTS, lambda name: self.ssh(name, "/usr/lib/kemari-lab/reset"))
+
+    def _on_hosts(self, names: Sequence[str], action: Callable[[str], object]) -> None:
+        with ThreadPoolExecutor() as pool:
+            for waiting in [pool.submit(action, name) for name in names]:
+                waiting.result()
 
     def _base(self) -> Base:
         base = find_base(recipe_for(self.options.suite))

@@ -12,9 +12,9 @@ import os
 import subprocess
 from pathlib import Path
 
-from lablib.command import run
-from lablib.errors import LabError
-from lablib.process import Remembered
+from vagrant.lablib.command import run
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.process import Remembered
 
 HOSTS = ("a", "b")
 LINKS = ("lan", "repl")

@@ -9,7 +9,7 @@ import select
 import signal
 from pathlib import Path
 
-from lablib.errors import LabError
+from vagrant.lablib.errors import LabError
 
 
 def _start_time(pid: int) -> str | None:

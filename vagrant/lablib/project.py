@@ -12,11 +12,11 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
-from lablib.command import run, step
-from lablib.errors import LabError
-from lablib.image import LayerFile
-from lablib.recipe import Recipe
-from lablib.wheel import lay_out
+from vagrant.lablib.command import run, step
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.image import LayerFile
+from vagrant.lablib.recipe import Recipe
+from vagrant.lablib.wheel import lay_out
 
 # What the wheel is made of.  It is built from a copy, so that neither what an earlier build left
 # in the repository gets into it nor anything is left there.

@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from lablib.errors import LabError
+from vagrant.lablib.errors import LabError
 
 # Raised when the way an image is built from a recipe changes without the recipe changing.
 IMAGE_FORMAT = 4

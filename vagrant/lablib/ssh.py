@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lablib.errors import LabError
-from lablib.network import HOSTS, MANAGEMENT_ADDRESS, Network
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.network import HOSTS, MANAGEMENT_ADDRESS, Network
 
 CONFIG = """\
 Host *

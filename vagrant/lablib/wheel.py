@@ -19,9 +19,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lablib.errors import LabError
-from lablib.image import LayerFile, executable
-from lablib.recipe import Recipe
+from vagrant.lablib.errors import LabError
+from vagrant.lablib.image import LayerFile, executable
+from vagrant.lablib.recipe import Recipe
 
 PREFIX = "usr/local"
 INTERPRETER = b"#!/usr/bin/python3\n"
