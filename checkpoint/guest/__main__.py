@@ -14,6 +14,7 @@ import argparse
 import json
 import mmap
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.errors import CheckpointError
@@ -41,19 +42,20 @@ def _show(memory: PhysicalMemory, layout: LinuxLayout) -> None:
         print(f"clock {write.pa:#x} {write.what}")
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """The program; its exit status is 1 for a guest that cannot be read."""
-    parser = argparse.ArgumentParser(prog="python3 -m checkpoint.guest", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m checkpoint.guest",
+        description="Print what can be read of a Linux guest's kernel in an image of its memory.",
+    )
     parser.add_argument("dump", type=Path, help="image of guest RAM")
     parser.add_argument("--cr3", type=_number, required=True)
     parser.add_argument("--lstar", type=_number, required=True)
     parser.add_argument("--cr4", type=_number, default=0)
     parser.add_argument("--kernel", action="store_true", help="only find the kernel, on any host")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     with arguments.dump.open("rb") as file:
-        memory = RamView(
-            memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        )
+        memory = RamView(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
         registers = [Registers(arguments.cr3, arguments.cr4, arguments.lstar)]
         try:
             if arguments.kernel:

@@ -21,7 +21,7 @@ from checkpoint.guest.layout import Clock, TimeBase, VdsoBase
 
 _PURPOSE = "its clocks cannot go on after a move"
 _VDSO_BASES = 2
-_READERS = (
+READERS = (
     "pvclock_clocksource_read",
     "pvclock_clocksource_read_nowd",
     "xen_clocksource_read",
@@ -34,6 +34,7 @@ _READERS = (
     "local_clock",
     "local_clock_noinstr",
 )
+"""Functions that read Xen's time outside of a sequence counter; a kernel has some of them."""
 
 
 def find_clock(kernel: Kernel, types: Btf) -> Clock:
@@ -66,7 +67,7 @@ def find_clock(kernel: Kernel, types: Btf) -> Clock:
         vsyscall_time_va=area_va or None,
         code=tuple(
             (start, kernel.symbols.after(start))
-            for name in _READERS
+            for name in READERS
             for start in kernel.symbols.all(name)
         ),
     )

@@ -147,9 +147,7 @@ class Symbols:
         self._complete = False
 
     @classmethod
-    def read(
-        cls, memory: PhysicalMemory, cr3: int, lstar: int, *, la57: bool = False
-    ) -> Symbols:
+    def read(cls, memory: PhysicalMemory, cr3: int, lstar: int, *, la57: bool = False) -> Symbols:
         """Find the symbol table of the kernel that runs in ``memory``.
 
         :param cr3: a virtual CPU's CR3, also that of a user process
@@ -388,9 +386,7 @@ def _spans(data: bytes, markers: array[int], count: int) -> bool:
     return _align(at) == size
 
 
-def _read_addresses(
-    image: KernelImage, tokens: _Tokens, names: _Names
-) -> tuple[_Addresses, int]:
+def _read_addresses(image: KernelImage, tokens: _Tokens, names: _Names) -> tuple[_Addresses, int]:
     """The addresses, and where seqs_of_names begins if it follows them."""
     size = 4 * names.count
     after = tokens.end, tokens.end + _align(size)

@@ -60,9 +60,7 @@ def elapsed(kernel: GuestKernel, system_time: int) -> list[int]:
 @pytest.mark.parametrize("delta", [-4 * SECOND, 7200 * SECOND, 0, -5 * SECOND - 1])
 @pytest.mark.parametrize("tk_data", [False, True])
 @pytest.mark.parametrize("vsyscall", [False, True])
-def test_clocks_go_on_under_another_system_time(
-    delta: int, tk_data: bool, vsyscall: bool
-) -> None:
+def test_clocks_go_on_under_another_system_time(delta: int, tk_data: bool, vsyscall: bool) -> None:
     kernel = build(Options(tk_data=tk_data, vsyscall=vsyscall))
     found = layout(kernel)
     old = 12 * SECOND
