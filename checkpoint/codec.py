@@ -9,6 +9,7 @@ release the GIL, so both may run in a thread.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -119,7 +120,9 @@ class Encoder:
         self.figures = Figures()
         self._compress = _compressor(compression, level)
         self._flags = COMPRESSIONS.index(compression)
-        self._reference = bytearray(pages * PAGE_SIZE)
+        # Anonymous memory comes page by page as it is first written: nothing is cleared here,
+        # which for a large guest would stop the whole process for seconds.
+        self._reference = memoryview(mmap.mmap(-1, pages * PAGE_SIZE))
         self._have = bytearray(pages)
         self._out = bytearray()
         self._state: bytes | None = None

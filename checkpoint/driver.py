@@ -11,6 +11,7 @@ concurrently with another one of the same object.
 
 from __future__ import annotations
 
+import mmap
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ class Staging:
         self.capacity = capacity
         self.count = 0
         self.gfns = array("Q", bytes(8 * capacity))
-        self.data = memoryview(bytearray(capacity * PAGE_SIZE))
+        # Anonymous memory comes page by page when first written: nothing is cleared here.
+        self.data = memoryview(mmap.mmap(-1, capacity * PAGE_SIZE))
         self.state = b""
 
     def clear(self) -> None:
