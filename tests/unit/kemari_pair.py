@@ -140,7 +140,7 @@ class Fabric:
                     data = await reader.read(1 << 16)
                 except ConnectionError:
                     data = b""
-                while not self.carries(one, other, network):
+                while not self.carries(one, other, network):  # noqa: ASYNC110 - tests change it from other threads
                     await asyncio.sleep(0.01)
                 if not data:
                     break
@@ -324,9 +324,8 @@ class Pair:
         for machine in self.machines.values():
             machine.released.set()
             if machine.daemon is not None and machine.loop is not None:
-                if machine.loop.thread.is_alive() and machine.loop.loop.is_running():
-                    _FROZEN.append(machine.daemon)
-                    machine.loop.stop()
+                _FROZEN.append(machine.daemon)
+                machine.loop.stop()
         self.fabric.loop.stop()
 
     def protect(self, **arguments: Any) -> Any:
@@ -362,7 +361,7 @@ class Pair:
                 self.switch.arrived.clear()
 
     def _reached(self, guest: MemoryGuest, number: int) -> bool:
-        """Whether this incarnation has had the request: TCP would not give it to the guest twice."""
+        """Whether this incarnation has had the request: TCP would not deliver it twice."""
         with guest.lock:
             return guest.answered > number or number in guest._inbox
 

@@ -13,6 +13,12 @@ from kemari.errors import KemariError, NoSuchProtection, PeerUnreachable, Refuse
 from tests.unit.kemari_pair import Pair, await_true
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that lost its standby is protected again soon."""
+    monkeypatch.setattr("kemari.daemon.AGAIN", 0.3)
+
+
 def test_start_protects_and_output_waits_for_its_epoch(tmp_path: Path) -> None:
     with Pair(tmp_path) as pair:
         status = pair.protect()
@@ -314,7 +320,7 @@ def test_primary_daemon_killed_then_its_host_dies(tmp_path: Path) -> None:
 
 
 def test_primary_daemon_killed_and_standby_took_over_meanwhile(tmp_path: Path) -> None:
-    """a's kernel was cut off with its daemon dead; back on the network, it learns that b runs it."""
+    """a was cut off with its daemon dead; back on the network, it learns that b runs the guest."""
     with Pair(tmp_path) as pair:
         pair.protect()
         pair.talk(5)
@@ -448,8 +454,8 @@ def test_refusals(tmp_path: Path) -> None:
             pair.a.request("start", domain="nope", standby="b")
         with pytest.raises(KemariError, match="not an address"):
             pair.a.request("start", domain="web", standby="b c")
+        address = str(pair.a.config.listen[0])
         with pytest.raises(KemariError, match="this host itself"):
-            address = str(pair.a.config.listen[0])
             pair.a.request("start", domain="web", standby=address)
         with pytest.raises(Refused, match="interval_ms is 1; expected 10 to 60000"):
             pair.protect(interval_ms=1)
