@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from netbuffer import plug
+from netbuffer import messages, plug
 from netbuffer.epochs import State
 from netbuffer.errors import BufferLost, EpochError, InterfaceBusy, InterfaceNotFound, Leftover
 from netbuffer.netlink import Netlink
@@ -660,7 +660,8 @@ def check_tcp_bulk_passes_whole(world: World) -> dict[str, Any]:
 
 def check_cost(world: World) -> dict[str, Any]:
     rounds = 300
-    close, release, stats = [], [], []
+    close, release, stats, bare = [], [], [], []
+    netlink, question = Netlink(), messages.link_get("lo")
     begin = time.perf_counter()
     made = OutputBuffer("vif0")
     made.setup()
@@ -674,9 +675,12 @@ def check_cost(world: World) -> dict[str, Any]:
         t2 = time.perf_counter()
         made.stats()
         t3 = time.perf_counter()
+        netlink.get(question, "find lo")
+        t4 = time.perf_counter()
         close.append(t1 - t0)
         release.append(t2 - t1)
         stats.append(t3 - t2)
+        bare.append(t4 - t3)
     begin = time.perf_counter()
     made.teardown()
     teardown = time.perf_counter() - begin
@@ -689,6 +693,7 @@ def check_cost(world: World) -> dict[str, Any]:
         "close_us_p50_p99": figures(close),
         "release_us_p50_p99": figures(release),
         "stats_us_p50_p99": figures(stats),
+        "bare_us_p50_p99": figures(bare),
         "setup_ms": round(setup * 1e3, 1),
         "teardown_ms": round(teardown * 1e3, 1),
     }

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output buffer on the kernel of a real Dom0.
 
-The checks themselves run there: tests/lab/netbuffer_checks.py, with the project as it is
-installed.  They have a network namespace of their own and touch neither guests nor the host.
+The checks themselves run there, with the project as it is installed: netbuffer_checks.py in
+network namespaces of its own, so that it touches neither guests nor the host; netbuffer_ring.py
+with a real guest and its netback.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
+from vagrant.lablib.guest import NAME as GUEST
+from vagrant.lablib.lab import Lab
+from vagrant.lablib.network import GUEST_IPV4
+
 _PROGRAM = Path(__file__).with_name("netbuffer_checks.py")
+_RING = Path(__file__).with_name("netbuffer_ring.py")
 _CHECKS = [
     line.split("(")[0].removeprefix("def check_")
     for line in _PROGRAM.read_text().splitlines()
@@ -21,26 +27,8 @@ _CHECKS = [
 ]
 
 
-class _Result(Protocol):
-    status: int
-    stdout: str
-    stderr: str
-
-
-class _Lab(Protocol):
-    def ssh(
-        self,
-        name: str,
-        command: str,
-        *,
-        check: bool = True,
-        timeout: float = 300,
-        stdin: bytes = b"",
-    ) -> _Result: ...
-
-
 @pytest.fixture(scope="module")
-def results(lab: _Lab) -> dict[str, dict[str, Any]]:
+def results(lab: Lab) -> dict[str, dict[str, Any]]:
     """What each check on host a said."""
     done = lab.ssh("a", "python3 - 2>&1", check=False, timeout=1200, stdin=_PROGRAM.read_bytes())
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"check"')]
@@ -57,7 +45,41 @@ def test_in_dom0(results: dict[str, dict[str, Any]], check: str) -> None:
     assert said["ok"], said["error"]
 
 
-def test_closing_and_releasing_is_cheap(results: dict[str, dict[str, Any]]) -> None:
-    """Well under a millisecond at the median, even where every instruction is emulated."""
-    assert results["cost"]["close_us_p50_p99"][0] < 1000, results["cost"]
-    assert results["cost"]["release_us_p50_p99"][0] < 1000, results["cost"]
+def test_closing_and_releasing_is_little_more_than_a_question_to_the_kernel(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    """In proportion, because a busy emulator is slow at everything."""
+    cost = results["cost"]
+    bound = 5 * cost["bare_us_p50_p99"][0] + 1000
+    assert cost["close_us_p50_p99"][0] < bound, cost
+    assert cost["release_us_p50_p99"][0] < bound, cost
+
+
+@pytest.fixture(scope="module")
+def vif(lab: Lab) -> str:
+    """The network interface of a guest that runs, unprotected, on host a."""
+    if lab.ssh("a", f"xl domid {GUEST}", check=False).status != 0:
+        lab.guest_start("a")
+    return f"vif{lab.ssh('a', f'xl domid {GUEST}').stdout.strip()}.0"
+
+
+def ring(lab: Lab, vif: str, mode: str) -> dict[str, Any]:
+    done = lab.ssh("a", f"python3 - {vif} {GUEST_IPV4} {mode}", stdin=_RING.read_bytes())
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(said)
+    return said
+
+
+def test_with_a_tap_held_frames_keep_no_slot_of_the_guests_ring(lab: Lab, vif: str) -> None:
+    said = ring(lab, vif, "tap")
+    assert said["held"] >= 5
+    assert said["got"] == ["1", "2", "3", "4", "5"]
+    assert said["while_held"] == 0, "netback has not answered frames that are held"
+
+
+def test_without_a_tap_they_would(lab: Lab, vif: str) -> None:
+    """The hazard is real, so that the test above shows its cure and not its absence."""
+    said = ring(lab, vif, "bare")
+    assert said["got"] == ["1", "2", "3", "4", "5"]
+    assert said["while_held"] >= 5
+    assert said["after"] == 0
