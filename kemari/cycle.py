@@ -85,6 +85,7 @@ class Cycle:
         self._retry_delay = RETRY
         self._timer: asyncio.TimerHandle | None = None
         self._listening = False
+        self._closed = False
         self._capturing: asyncio.Task[None] | None = None
         self.sending: asyncio.Task[None] | None = None
 
@@ -167,6 +168,7 @@ class Cycle:
 
     def release(self) -> None:
         """Let the output of the acknowledged epoch leave."""
+        self._closed = False
         try:
             self._output.release_epoch()
         except Exception as error:  # noqa: BLE001 - as in _on_frame
@@ -197,9 +199,14 @@ class Cycle:
             return error
 
     def _close_output(self) -> None:
+        if self._closed:
+            # By an attempt that failed after it.  What was sent since waits for the epoch after
+            # this one, and its frames go on asking for that one.
+            return
         # Frames that were seen until now belong to the epoch that is closed: no new trigger.
         self._output.drain()
         self._output.close_epoch()
+        self._closed = True
 
     def _captured(self, number: int, outcome: Captured | Exception) -> None:
         keeper = self._keeper
