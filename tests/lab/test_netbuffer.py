@@ -28,9 +28,18 @@ _CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def results(lab: Lab) -> dict[str, dict[str, Any]]:
+def quiet_lab(lab: Lab) -> Lab:
+    """The lab with both hosts up and nothing protected, once for all tests here."""
+    lab.reset()
+    return lab
+
+
+@pytest.fixture(scope="module")
+def results(quiet_lab: Lab) -> dict[str, dict[str, Any]]:
     """What each check on host a said."""
-    done = lab.ssh("a", "python3 - 2>&1", check=False, timeout=1200, stdin=_PROGRAM.read_bytes())
+    done = quiet_lab.ssh(
+        "a", "python3 - 2>&1", check=False, timeout=1200, stdin=_PROGRAM.read_bytes()
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"check"')]
     found = {said["check"]: said for said in map(json.loads, lines)}
     assert found, f"the checks did not run: exit status {done.status}: {done.stdout[-4000:]}"
@@ -56,11 +65,10 @@ def test_closing_and_releasing_is_little_more_than_a_question_to_the_kernel(
 
 
 @pytest.fixture(scope="module")
-def vif(lab: Lab) -> str:
+def vif(quiet_lab: Lab) -> str:
     """The network interface of a guest that runs, unprotected, on host a."""
-    if lab.ssh("a", f"xl domid {GUEST}", check=False).status != 0:
-        lab.guest_start("a")
-    return f"vif{lab.ssh('a', f'xl domid {GUEST}').stdout.strip()}.0"
+    quiet_lab.guest_start("a")
+    return f"vif{quiet_lab.ssh('a', f'xl domid {GUEST}').stdout.strip()}.0"
 
 
 def ring(lab: Lab, vif: str, mode: str) -> dict[str, Any]:
