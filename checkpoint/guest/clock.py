@@ -106,8 +106,13 @@ def reads_clock(layout: LinuxLayout, rip: int) -> bool:
     A few of the kernel's readings are not guarded by a sequence counter (the scheduler's clock, the
     deadline of a timer): a move between the reading and its use would make one of them wrong by the
     whole difference between the hosts.  A capture avoids such a pause point.
+
+    Not one is a CPU right at its reading of the TSC, where most are stopped if Xen emulates that
+    instruction: pvclock then compares the version of Xen's time in the vcpu_info with the one
+    before, finds that the new host has written there, and begins again.
     """
-    return any(start <= rip < end for start, end in layout.clock.code)
+    clock = layout.clock
+    return rip not in clock.rereads and any(start <= rip < end for start, end in clock.code)
 
 
 def detach_runstate(memory: PhysicalMemory, layout: LinuxLayout) -> None:

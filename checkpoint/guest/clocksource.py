@@ -21,6 +21,7 @@ from checkpoint.guest.layout import Clock, TimeBase, VdsoBase
 
 _PURPOSE = "its clocks cannot go on after a move"
 _VDSO_BASES = 2
+_LONGEST_FUNCTION = 4096
 READERS = (
     "pvclock_clocksource_read",
     "pvclock_clocksource_read_nowd",
@@ -51,6 +52,11 @@ def find_clock(kernel: Kernel, types: Btf) -> Clock:
         bases += [_base(types, fast + types.offset("tk_fast", "base", i)) for i in (0, 1)]
     area_va = kernel.pointer("xen_clock", _PURPOSE)
     watchdog = kernel.symbols.get("watchdog_reset_pending")
+    code = tuple(
+        (start, kernel.symbols.after(start))
+        for name in READERS
+        for start in kernel.symbols.all(name)
+    )
     return Clock(
         clocksource=_name(kernel, types, bases[0]),
         xen_va=kernel.va("xen_clocksource", _PURPOSE),
@@ -65,12 +71,21 @@ def find_clock(kernel: Kernel, types: Btf) -> Clock:
         watchdog_reset=None if watchdog is None else kernel.place(watchdog, 4),
         vsyscall_time=kernel.place(area_va, 64) if area_va else None,
         vsyscall_time_va=area_va or None,
-        code=tuple(
-            (start, kernel.symbols.after(start))
-            for name in READERS
-            for start in kernel.symbols.all(name)
-        ),
+        code=code,
+        rereads=tuple(at for start, end in code for at in _tsc_readings(kernel, start, end)),
     )
+
+
+def _tsc_readings(kernel: Kernel, start: int, end: int) -> list[int]:
+    """Addresses of ``rdtsc`` and ``rdtscp`` in a function, and of what follows each."""
+    code = kernel.space.read(start, min(end - start, _LONGEST_FUNCTION))
+    found = []
+    for instruction in (b"\x0f\x31", b"\x0f\x01\xf9"):
+        at = code.find(instruction)
+        while at >= 0:
+            found += [start + at, start + at + len(instruction)]
+            at = code.find(instruction, at + 1)
+    return found
 
 
 def _find_timekeepers(kernel: Kernel, types: Btf) -> tuple[int, int, list[TimeBase]]:

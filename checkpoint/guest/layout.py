@@ -110,6 +110,8 @@ class Clock:
         ``VCPUOP_register_vcpu_time_memory_area``; None if there is none
     :ivar vsyscall_time_va: kernel virtual address of the same
     :ivar code: (first, end) virtual addresses of the functions that turn Xen's time into a number
+    :ivar rereads: addresses in them just before and after an instruction that reads the TSC, whose
+        result is dropped if Xen has written a new time meanwhile
     """
 
     clocksource: str
@@ -126,6 +128,7 @@ class Clock:
     vsyscall_time: int | None
     vsyscall_time_va: int | None
     code: tuple[tuple[int, int], ...]
+    rereads: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from checkpoint.guest.memory import PAGE_MASK, PhysicalMemory
 from checkpoint.guest.paging import CR4_LA57
 
 _HVM_DOMAIN = 2
+_NO_VCPU = 0xFFFF_FFFF
+"""``XEN_VCPU_ID_INVALID`` (include/xen/xen-ops.h)."""
 _MOST_CPUS = 8192
 _MOST_GRANT_FRAMES = 1 << 16
 _MOST_GFN = 1 << 40
@@ -117,12 +119,17 @@ def _possible_cpus(kernel: Kernel) -> list[int]:
 
 
 def _find_cpus(kernel: Kernel, fifo: bool) -> tuple[Cpu, ...]:
-    """The CPUs that the guest has set up (arch/x86/xen/enlighten.c, drivers/xen/time.c)."""
+    """The CPUs that the guest has set up (arch/x86/xen/enlighten.c, drivers/xen/time.c).
+
+    Before a CPU is first brought up, its ``xen_vcpu_id`` is invalid (arch/x86/xen/smp_hvm.c), and
+    its ``xen_vcpu`` may be a copy of the first CPU's.
+    """
     purpose = "what Xen shares with each virtual CPU cannot be found"
     cpus = []
     for cpu in _possible_cpus(kernel):
+        vcpu = kernel.space.u32(kernel.percpu("xen_vcpu_id", cpu, purpose))
         info_va = kernel.space.u64(kernel.percpu("xen_vcpu", cpu, purpose))
-        if not info_va:
+        if vcpu == _NO_VCPU or not info_va:
             continue
         runstate_va = kernel.percpu("xen_runstate", cpu, purpose)
         block = queue = None
@@ -134,7 +141,7 @@ def _find_cpus(kernel: Kernel, fifo: bool) -> tuple[Cpu, ...]:
         cpus.append(
             Cpu(
                 cpu=cpu,
-                vcpu=kernel.space.u32(kernel.percpu("xen_vcpu_id", cpu, purpose)),
+                vcpu=vcpu,
                 vcpu_info=kernel.place(info_va, 64),
                 registered=info_va == kernel.percpu("xen_vcpu_info", cpu, purpose),
                 runstate=kernel.place(runstate_va, 48),

@@ -158,6 +158,16 @@ def test_code_that_reads_the_clock_is_known() -> None:
     ]
 
 
+def test_a_reading_that_is_repeated_is_no_hindrance() -> None:
+    kernel = build()
+    start = kernel.symbol("pvclock_clocksource_read")
+    code = b"\x0f\xae\xe8\x0f\x31\x48\xc1\xe2\x20\x0f\x01\xf9\xc3"
+    kernel.ram[kernel.pa(start) : kernel.pa(start) + len(code)] = code
+    found = layout(kernel)
+    free = [at for at in range(len(code)) if not reads_clock(found, start + at)]
+    assert free == [3, 5, 9, 12]
+
+
 def steal(kernel: GuestKernel, cpu: int) -> list[int]:
     """drivers/xen/time.c: what Linux takes for the times of its CPU."""
     area = kernel.percpu("xen_runstate", cpu) + 16

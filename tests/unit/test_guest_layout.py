@@ -51,12 +51,14 @@ def test_a_two_level_guest() -> None:
 
 
 def test_cpus_that_were_never_started_are_left_out() -> None:
-    kernel = build(Options(cpus=4))
+    kernel = build(Options(cpus=5))
     kernel.poke(kernel.percpu("xen_vcpu", 2), 0)
     kernel.poke(kernel.percpu("xen_vcpu", 1), DIRECT + 0x30000 + 64)
+    kernel.poke(kernel.percpu("xen_vcpu", 4), DIRECT + 0x30000)
+    kernel.poke(kernel.percpu("xen_vcpu_id", 4), 0xFFFF_FFFF, size=4)
     found = layout(kernel)
     assert [cpu.cpu for cpu in found.cpus] == [0, 1, 3]
-    assert found.possible_cpus == 4
+    assert found.possible_cpus == 5
     assert not found.cpus[1].registered
     assert found.cpus[1].vcpu_info == 0x30040
 
