@@ -78,6 +78,10 @@ class Context:
         """Numbers of the vCPUs that are up: Xen saves no CPU record for those that are down."""
         return sorted(instance for code, instance in self._at if code == CPU)
 
+    def instruction_pointers_at(self) -> list[int]:
+        """Offsets in the file of each vCPU's instruction pointer."""
+        return [self._locate(CPU, number)[0] + _RIP for number in self.vcpus()]
+
     def _locate(self, code: int, instance: int) -> tuple[int, int]:
         try:
             return self._at[code, instance]

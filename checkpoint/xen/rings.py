@@ -18,7 +18,8 @@ from checkpoint.errors import CheckpointError
 _INDICES = struct.Struct("<4I")
 _SLOTS_AT = 64
 _RX_SLOTS = 256
-_RX_SLOT = struct.Struct("<HHI")
+#: the grant reference of every slot: struct netif_rx_request {u16 id, u16 pad, u32 gref}
+_RX_GRANTS = struct.Struct("<" + _RX_SLOTS * "4xI")
 
 #: struct xenstore_domain_interface: two buffers, req_cons, req_prod, rsp_cons, rsp_prod
 XENSTORE_RING = 1024
@@ -84,11 +85,10 @@ def receive_unambiguous(page: bytes | memoryview, grants: int) -> bool:
     waiting = (req_prod - rsp_prod) & 0xFFFFFFFF
     if waiting > _RX_SLOTS:
         return False
-    for index in range(rsp_prod, rsp_prod + waiting):
-        at = _SLOTS_AT + (index % _RX_SLOTS) * _RX_SLOT.size
-        if _RX_SLOT.unpack_from(page, at)[2] >= grants:
-            return False
-    return True
+    references = _RX_GRANTS.unpack_from(page, _SLOTS_AT)
+    first = rsp_prod % _RX_SLOTS
+    waiting_references = (references + references)[first : first + waiting]
+    return max(waiting_references, default=0) < grants
 
 
 def xenstore_indices(page: bytes | memoryview) -> tuple[int, int, int, int]:

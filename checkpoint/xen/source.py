@@ -28,7 +28,7 @@ from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
 from checkpoint.xen.dirty import DirtyLog, switch_off
 from checkpoint.xen.mapping import GrantFrames, Mapping
-from checkpoint.xen.state import MachineState
+from checkpoint.xen.state import MachineState, StateEncoder
 from checkpoint.xen.store import Store
 from checkpoint.xen.tables import Tables
 
@@ -77,6 +77,9 @@ class XenSource:
         self._grants = GrantFrames(domid, frames)
         self._found = array("Q", bytes(8 * self._pages))
         self._carried: bytes | None = None
+        self._context_size = 0
+        self._callback = {HVM_PARAM_CALLBACK_IRQ: self._domain.get_param(HVM_PARAM_CALLBACK_IRQ)}
+        self._encoder = StateEncoder()
         self._first_round = True
         self._tracking = True
         self._log.enable()
@@ -169,13 +172,16 @@ class XenSource:
         if not leave_paused:
             self.unpause()
         pause_ns = time.perf_counter_ns() - begun
-        staging.state = state.to_bytes()
+        staging.state = self._encoder.encode(state)
         return Captured(staging.count, pause_ns, 0)
 
     def _check_at_rest(self, context: bytes) -> None:
         """:raise NotQuiescent: the guest itself is in the middle of something that cannot move"""
-        records = Context(context)
-        if any(reads_clock(self._layout, records.vcpu(n).rip) for n in records.vcpus()):
+        if len(context) != self._context_size:  # a vCPU came up or went down
+            self._context_size = len(context)
+            self._pointers_at = Context(context).instruction_pointers_at()
+        pointers = [int.from_bytes(context[at : at + 8], "little") for at in self._pointers_at]
+        if any(reads_clock(self._layout, pointer) for pointer in pointers):
             raise NotQuiescent("the guest was paused while it read its clock")
         if not timekeeping_at_rest(self._memory, self._layout):
             raise NotQuiescent("the guest was paused while it updated its clock")
@@ -226,7 +232,7 @@ class XenSource:
             pages={
                 gfn: bytes(self._outside.page(index)) for index, gfn in enumerate(self._special)
             },
-            params={HVM_PARAM_CALLBACK_IRQ: self._domain.get_param(HVM_PARAM_CALLBACK_IRQ)},
+            params=self._callback,  # set once, when the guest boots
             store=self._tree,
         )
 

@@ -17,6 +17,8 @@ from checkpoint.errors import ProtocolError
 _MAGIC = b"KMST0001"
 _SECTION = struct.Struct("<II")
 _EVENT = struct.Struct("<5I")
+_GFN = struct.Struct("<Q")
+_PARAM = struct.Struct("<QQ")
 
 _CONTEXT, _EVENTS, _GRANTS, _PAGES, _STORE, _PARAMS = range(1, 7)
 _NAMES = {
@@ -65,21 +67,7 @@ class MachineState:
 
     def to_bytes(self) -> bytes:
         """The state as it travels."""
-        out = [_MAGIC]
-
-        def section(kind: int, body: bytes) -> None:
-            out.append(_SECTION.pack(kind, len(body)) + body + bytes(-len(body) % 8))
-
-        section(_CONTEXT, self.context)
-        section(
-            _EVENTS,
-            b"".join(_EVENT.pack(e.port, e.status, e.vcpu, e.detail, 0) for e in self.events),
-        )
-        section(_GRANTS, b"".join(self.grants))
-        section(_PAGES, b"".join(struct.pack("<Q", gfn) + page for gfn, page in self.pages.items()))
-        section(_PARAMS, b"".join(struct.pack("<QQ", k, v) for k, v in self.params.items()))
-        section(_STORE, json.dumps(self.store, separators=(",", ":")).encode())
-        return b"".join(out)
+        return StateEncoder().encode(self)
 
     @classmethod
     def from_bytes(cls, untrusted_raw: bytes) -> MachineState:
@@ -127,6 +115,34 @@ class MachineState:
             params=dict(struct.iter_unpack("<QQ", found[_PARAMS])),
             store=store,
         )
+
+
+class StateEncoder:
+    """Encodes the states of one guest.  What is the same object as last time is not coded again."""
+
+    def __init__(self) -> None:
+        self._events: tuple[list[EventChannel] | None, bytes] = (None, b"")
+        self._store: tuple[dict[str, str] | None, bytes] = (None, b"")
+
+    def encode(self, state: MachineState) -> bytes:
+        """``state`` as it travels."""
+        if self._events[0] is not state.events:
+            packed = [_EVENT.pack(e.port, e.status, e.vcpu, e.detail, 0) for e in state.events]
+            self._events = (state.events, b"".join(packed))
+        if self._store[0] is not state.store:
+            text = json.dumps(state.store, separators=(",", ":")).encode()
+            self._store = (state.store, text)
+        out = [_MAGIC]
+        for kind, body in (
+            (_CONTEXT, state.context),
+            (_EVENTS, self._events[1]),
+            (_GRANTS, b"".join(state.grants)),
+            (_PAGES, b"".join(_GFN.pack(gfn) + page for gfn, page in state.pages.items())),
+            (_PARAMS, b"".join(_PARAM.pack(*item) for item in state.params.items())),
+            (_STORE, self._store[1]),
+        ):
+            out += [_SECTION.pack(kind, len(body)), body, bytes(-len(body) % 8)]
+        return b"".join(out)
 
 
 def _whole(body: bytes, unit: int, what: str) -> None:

@@ -36,6 +36,8 @@ class Tables:
     def __init__(self, domid: int, libs: Libraries | None = None) -> None:
         self._libs = libs or libraries()
         self._domid = domid
+        self._answer = b""
+        self._parsed: tuple[list[EventChannel], int] = ([], 0)
         self._allocate(32)
 
     def _allocate(self, ports: int) -> None:
@@ -91,19 +93,22 @@ class Tables:
         )
         if result < 0:
             raise HypervisorError("multicall", ffi.errno, "event channels")
-        raw = bytes(view[: self._query_at + _QUERY.size])
+        raw = bytes(view[status_at : self._query_at + _QUERY.size])
+        if raw == self._answer:
+            return self._parsed
         events: list[EventChannel] = []
         for port in range(self._ports):
-            at = status_at + port * _STATUS.size
+            at = port * _STATUS.size
             _dom, number, status, vcpu, remote, _port = _STATUS.unpack_from(raw, at)
             if status == _CLOSED:
                 continue
             detail = _VIRQ_WORD.unpack_from(raw, at + 16)[0] if status == _VIRQ else remote
             events.append(EventChannel(number, status, vcpu, detail))
-        _dom, frames, _most, error = _QUERY.unpack_from(raw, self._query_at)
+        _dom, frames, _most, error = _QUERY.unpack_from(raw, self._query_at - status_at)
         if error:
             raise HypervisorError("GNTTABOP_query_size", 1, f"status {error}")
-        return events, frames
+        self._answer, self._parsed = raw, (events, frames)
+        return self._parsed
 
     def close(self) -> None:
         """Free the hypercall buffer (idempotent)."""
