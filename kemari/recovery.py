@@ -8,6 +8,7 @@ has said which copy is the guest.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from typing import Any
 
@@ -184,7 +185,17 @@ async def clean(host: Host) -> list[Record]:
             host.hypervisor.domain_exists, record.guest
         )
         if duty is Duty.LOOK and here:
-            await _put(host, record, Role.OWNER, "the takeover was complete")
+            await _put(host, record, role=Role.OWNER, reason="the takeover was complete")
+        elif duty is Duty.STAND_DOWN and here:
+            # It took over although the claim could not be recorded.
+            await _put(
+                host,
+                record,
+                role=Role.OWNER,
+                generation=record.generation + 1,
+                came_from=record.peer,
+                reason="found running after an unrecorded takeover",
+            )
         elif duty in (Duty.STAND_DOWN, Duty.LOOK):
             await _stand_down(host, record)
         elif duty is Duty.ASK or (duty is Duty.GIVE_UP and here):
@@ -210,7 +221,7 @@ async def _stand_down(host: Host, record: Record) -> None:
             record.guest, "trouble", f"a shell of {record.guest} is still there: {error}"
         )
         return
-    await _put(host, record, Role.RELEASED, "kemarid was restarted")
+    await _put(host, record, role=Role.RELEASED, reason="kemarid was restarted")
     host.journal.note(
         record.guest,
         "stood-down",
@@ -219,8 +230,8 @@ async def _stand_down(host: Host, record: Record) -> None:
     )
 
 
-async def _put(host: Host, record: Record, role: Role, reason: str) -> None:
+async def _put(host: Host, record: Record, **changes: Any) -> None:
     try:
-        await asyncio.to_thread(lambda: host.ledger.update(record.uuid, role=role, reason=reason))
+        await asyncio.to_thread(functools.partial(host.ledger.update, record.uuid, **changes))
     except LedgerError as error:
         host.journal.note(record.guest, "trouble", f"{record.guest}: {error}")

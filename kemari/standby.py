@@ -370,7 +370,11 @@ class StandbySession:
         try:
             if committed.epoch not in (number, number - 1):
                 raise ReviveError(f"epoch {number} is complete, but {committed.epoch} is applied")
-            await self._claim(Role.CLAIMED)
+            if self.machine.planned:
+                await self._claim(Role.CLAIMED)
+            else:
+                # A full disk must not cost the guest; see docs/failure-model.md.
+                await _attempt(self, "record the claim", self._claim(Role.CLAIMED))
             elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
             await asyncio.to_thread(shell.revive, committed.state, elapsed)
         except Exception as error:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from checkpoint.errors import ReviveError
 from kemari.errors import KemariError, NoSuchProtection, PeerUnreachable, Refused
-from tests.unit.kemari_pair import Pair, await_true
+from tests.unit.kemari_pair import Machine, Pair, await_true
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +65,8 @@ def test_stop_leaves_nothing(tmp_path: Path) -> None:
         pair.a.request("stop", domain="web")
         pair.talk(3)
         pair.check_answers()
-        assert not pair.a.network.buffers
-        assert not pair.b.hypervisor.shells
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
+        await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
         with pytest.raises(NoSuchProtection):
             pair.a.status("web")
         pair.protect()
@@ -98,7 +99,7 @@ def test_standby_power_cut(tmp_path: Path) -> None:
         pair.talk(5)
         pair.check_answers()
         await_true(lambda: pair.a.status("web")["state"] == "unprotected", "unprotected")
-        assert not pair.a.network.buffers
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
 
 
 def test_replication_link_unplugged(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_primary_daemon_killed_and_restarted(tmp_path: Path) -> None:
         pair.protect()
         pair.talk(5)
         pair.a.kill()
-        pair.guest.request(5)
+        pair.ask(pair.guest, 5)
         assert len(pair.answers()) == 5, "output of an epoch that nobody acknowledged was seen"
         pair.a.start()
         pair.talk(5)
@@ -230,8 +231,12 @@ def test_ten_power_cuts_in_a_row(tmp_path: Path) -> None:
             pair.talk(5)
             pair.check_answers()
             here.power_on()
-            await_true(lambda here=here: here.status("web")["state"] == "moved", "moved")
-        assert pair.b.hypervisor.shells == {}
+            await_true(partial(_has_moved, here), "moved")
+        await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
+
+
+def _has_moved(machine: Machine) -> bool:
+    return bool(machine.status("web")["state"] == "moved")
 
 
 def test_replication_link_unplugged_and_plugged_in_again(tmp_path: Path) -> None:
@@ -270,7 +275,7 @@ def test_standby_lost_with_policy_hold_and_forced_stop(tmp_path: Path) -> None:
         await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
         with pytest.raises(Refused, match="does not answer"):
             pair.a.request("stop", domain="web")
-        pair.guest.request(3)
+        pair.ask(pair.guest, 3)
         assert len(pair.answers()) == 3
         pair.a.request("stop", domain="web", force=True)
         pair.talk(3)
@@ -286,8 +291,8 @@ def test_both_daemons_stopped_in_good_order(tmp_path: Path) -> None:
         pair.a.stop()
         pair.talk(3)
         pair.check_answers()
-        assert not pair.a.network.buffers
-        assert not pair.b.hypervisor.shells
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
+        await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
 
 
 def test_primary_daemon_restarted_in_good_order_resumes(tmp_path: Path) -> None:
@@ -309,7 +314,7 @@ def test_primary_daemon_killed_then_its_host_dies(tmp_path: Path) -> None:
         pair.protect()
         pair.talk(5)
         pair.a.kill()
-        pair.guest.request(5)
+        pair.ask(pair.guest, 5)
         await_true(lambda: "link-closed" in pair.b.events("web"), "b has noticed")
         assert "web" not in pair.b.hypervisor.guests
         pair.fabric.dead.add("a")
@@ -325,13 +330,13 @@ def test_primary_daemon_killed_and_standby_took_over_meanwhile(tmp_path: Path) -
         pair.protect()
         pair.talk(5)
         pair.a.kill()
-        pair.guest.request(5)
+        pair.ask(pair.guest, 5)
         pair.fabric.dead.add("a")
         await_true(lambda: "web" in pair.b.hypervisor.guests, "b took over")
         pair.fabric.dead.discard("a")
         pair.a.start()
         await_true(lambda: "web" not in pair.a.hypervisor.guests, "a destroyed its copy")
-        assert not pair.a.network.buffers
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
         pair.talk(5)
         pair.check_answers()
 
@@ -350,7 +355,7 @@ def test_standby_that_cannot_revive_gives_a_planned_failover_back(tmp_path: Path
             pair.a.request("failover", domain="web")
         pair.talk(3)
         pair.check_answers()
-        assert not pair.b.hypervisor.shells
+        await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
 
 
 def test_standby_daemon_killed_in_the_middle_of_a_revival(tmp_path: Path) -> None:
@@ -366,7 +371,7 @@ def test_standby_daemon_killed_in_the_middle_of_a_revival(tmp_path: Path) -> Non
         pair.b.start()
         pair.talk(3)
         pair.check_answers()
-        assert not pair.b.hypervisor.shells
+        await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
 
 
 def _failover_and_fail(pair: Pair) -> None:
@@ -420,7 +425,7 @@ def test_guest_that_shuts_down_ends_its_protection(tmp_path: Path) -> None:
         pair.a.hypervisor.destroy_domain("web")
         await_true(lambda: "guest-gone" in pair.a.events("web"), "a has noticed")
         await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
-        assert not pair.a.network.buffers
+        await_true(lambda: not pair.a.network.buffers, "a removed the buffer")
         assert "web" not in pair.b.hypervisor.guests
 
 
@@ -483,7 +488,7 @@ def test_standby_without_memory(tmp_path: Path) -> None:
             pair.protect()
         pair.talk(3)
         pair.check_answers()
-        assert not pair.a.network.buffers
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
         pair.b.hypervisor.memory_pages = 100
         pair.protect()
 
@@ -515,7 +520,7 @@ def test_standby_lost_during_the_first_copy(tmp_path: Path) -> None:
             pair.protect()
         pair.talk(3)
         pair.check_answers()
-        assert not pair.a.network.buffers
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
 
 
 def test_stop_during_the_first_copy(tmp_path: Path) -> None:

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smaller parts: event log, figures, control socket, service manager."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kemari.control import MAX_REQUEST, ControlServer, Progress, request
+from kemari.errors import DaemonUnreachable, KemariError, NoSuchProtection, Refused
+from kemari.journal import Journal
+from kemari.notify import notify, watchdog_interval
+from kemari.statistics import Reservoir, Statistics
+
+# ---- Event log ----
+
+
+def test_the_log_is_bounded_and_keeps_the_newest(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "log" / "events.jsonl", "a", limit=2000)
+    for number in range(200):
+        journal.note("web", "test", f"event {number}", number=number)
+    size = sum(path.stat().st_size for path in (tmp_path / "log").iterdir())
+    assert size < 2 * 2200
+    entries = journal.read()
+    assert entries[-1]["number"] == 199
+    assert [entry["number"] for entry in entries] == list(range(entries[0]["number"], 200))
+    assert len(journal.read(last=3)) == 3
+
+
+def test_the_log_can_be_read_for_one_guest_and_past_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    journal = Journal(path, "a")
+    journal.note("web", "start", "one")
+    journal.note("db", "start", "two")
+    with path.open("a") as file:
+        file.write('{"time": 1, "guest": "we')
+    assert [entry["text"] for entry in journal.read("web")] == ["one"]
+    assert [entry["host"] for entry in journal.read()] == ["a", "a"]
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    journal = Journal(tmp_path / "file" / "events.jsonl", "a")
+    heard: list[dict[str, Any]] = []
+    forget = journal.listen(heard.append)
+    journal.note("web", "takeover", "still said")
+    forget()
+    journal.note("web", "takeover", "not heard")
+    assert [entry["text"] for entry in heard] == ["still said"]
+
+
+# ---- Figures ----
+
+
+def test_quantiles_are_exact_while_everything_fits() -> None:
+    reservoir = Reservoir()
+    values = list(range(1000))
+    random.Random(1).shuffle(values)
+    for value in values:
+        reservoir.add(value)
+    assert reservoir.quantile(0.5) == 500
+    assert reservoir.quantile(0.99) == 990
+    assert reservoir.summary() == {"p50": 500, "p99": 990, "max": 999, "last": values[-1]}
+
+
+def test_quantiles_stay_near_in_bounded_memory() -> None:
+    reservoir = Reservoir(keep=500)
+    for value in range(50_000):
+        reservoir.add(value)
+    assert reservoir.count == 50_000
+    assert len(reservoir._values) == 500
+    assert abs(reservoir.quantile(0.5) - 25_000) < 5_000
+
+
+def test_no_values_no_quantiles() -> None:
+    assert Reservoir().summary() == {"p50": 0, "p99": 0, "max": 0, "last": 0}
+    assert json.loads(json.dumps(Statistics().as_json()))["checkpoints"] == 0
+
+
+# ---- Control socket ----
+
+
+class Served:
+    """A control server in a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.loop = asyncio.new_event_loop()
+        self.server = ControlServer(path, self.handle)
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.run(self.server.start())
+
+    def run(self, work: Any) -> Any:
+        """Run a coroutine in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+    async def handle(self, operation: str, untrusted: dict[str, Any], progress: Progress) -> Any:
+        """What the tests ask for."""
+        match operation:
+            case "echo":
+                return untrusted
+            case "count":
+                for number in range(3):
+                    progress({"number": number})
+                return "done"
+            case "missing":
+                raise NoSuchProtection("web is not protected on a")
+            case "break":
+                raise ZeroDivisionError
+        raise Refused("no")
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    server = Served(tmp_path / "run" / "kemarid.sock")
+    yield server
+    server.run(server.server.close())
+    server.loop.call_soon_threadsafe(server.loop.stop)
+
+
+def test_requests_are_answered(served: Served) -> None:
+    assert request(served.path, "echo", {"ä": [1, None]}) == {"ä": [1, None]}
+    seen: list[dict[str, Any]] = []
+    assert request(served.path, "count", {}, seen.append) == "done"
+    assert seen == [{"number": 0}, {"number": 1}, {"number": 2}]
+
+
+def test_refusals_keep_their_class_and_sentence(served: Served) -> None:
+    with pytest.raises(NoSuchProtection, match="web is not protected on a"):
+        request(served.path, "missing", {})
+    with pytest.raises(Refused, match="no"):
+        request(served.path, "other", {})
+    with pytest.raises(KemariError, match="A fault in kemarid: ZeroDivisionError"):
+        request(served.path, "break", {})
+
+
+def test_the_socket_is_for_its_owner_only(served: Served) -> None:
+    assert served.path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("sent", "problem"),
+    [
+        (b"hello\n", "is not JSON"),
+        (b"[]\n", "is not an object"),
+        (b"{}\n", "has no operation"),
+        (b'{"op": 1}\n', "has no operation"),
+        (b'{"op": "echo", "args": []}\n', "has no operation"),
+        (b"x" * (MAX_REQUEST + 10), "A request is at most"),
+    ],
+)
+def test_hostile_requests_are_refused(served: Served, sent: bytes, problem: str) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(served.path))
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        answer = json.loads(connection.makefile("rb").readline())
+    assert answer["ok"] is False
+    assert problem in answer["error"]["text"]
+    assert request(served.path, "echo", {}) == {}
+
+
+def test_a_second_daemon_is_refused_and_a_stale_socket_replaced(served: Served) -> None:
+    with pytest.raises(KemariError, match="Another kemarid serves"):
+        served.run(ControlServer(served.path, served.handle).start())
+    served.run(served.server.close())
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(served.path))
+    served.server = ControlServer(served.path, served.handle)
+    served.run(served.server.start())
+    assert request(served.path, "echo", {}) == {}
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(DaemonUnreachable, match="kemarid does not answer on"):
+        request(tmp_path / "none.sock", "echo", {})
+
+
+# ---- Service manager ----
+
+
+def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert notify("READY=1") is False
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        assert notify("READY=1") is True
+        assert manager.recv(100) == b"READY=1"
+    assert notify("STOPPING=1") is False
+
+
+def test_watchdog_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    assert watchdog_interval() == 0.0
+    monkeypatch.setenv("WATCHDOG_USEC", "20000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    assert watchdog_interval() == 10.0
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    assert watchdog_interval() == 0.0
+    monkeypatch.setenv("WATCHDOG_USEC", "soon")
+    assert watchdog_interval() == 0.0
