@@ -55,6 +55,7 @@ def read_layout(memory: PhysicalMemory, registers: Sequence[Registers]) -> Linux
             f"expected {_HVM_DOMAIN}, a kernel with CONFIG_XEN_PVH or CONFIG_XEN_PVHVM"
         )
     fifo = _find_fifo(kernel)
+    types = Btf.read(kernel.symbols)
     return LinuxLayout(
         release=release(kernel),
         page_table=kernel.space.root,
@@ -64,8 +65,8 @@ def read_layout(memory: PhysicalMemory, registers: Sequence[Registers]) -> Linux
         shared_info=_find_shared_info(kernel),
         grants=_find_grants(kernel),
         fifo=fifo,
-        clock=find_clock(kernel, Btf.read(kernel.symbols)),
-        xenbus=_find_xenbus(kernel),
+        clock=find_clock(kernel, types),
+        xenbus=_find_xenbus(kernel, types),
     )
 
 
@@ -208,15 +209,18 @@ def _find_fifo(kernel: Kernel) -> Fifo | None:
     )
 
 
-def _find_xenbus(kernel: Kernel) -> Xenbus:
-    """The xenstore connection (drivers/xen/xenbus/xenbus_comms.c, xenbus_xs.c)."""
+def _find_xenbus(kernel: Kernel, types: Btf) -> Xenbus:
+    """The xenstore connection (drivers/xen/xenbus/xenbus_comms.c, xenbus_xs.c).
+
+    A mutex of a kernel with PREEMPT_RT is another one and has no owner word.
+    """
     purpose = "it cannot be seen whether its xenstore connection is at rest"
     heads = []
     for name in ("xs_reply_list", "xb_write_list"):
         heads.append((kernel.at(name, 16, purpose), kernel.va(name, purpose)))
     return Xenbus(
         lists=tuple(heads),
-        reading=kernel.at("xs_response_mutex", 8, purpose),
+        reading=kernel.at("xs_response_mutex", 8, purpose) + types.offset("mutex", "owner"),
         users=kernel.at("xs_state_users", 4, purpose),
         watches_va=kernel.va("watches", "its xenstore watches cannot be set again after a move"),
     )

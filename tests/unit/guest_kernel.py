@@ -76,7 +76,7 @@ class Types:
         return header + bytes(self.body) + bytes(self.text)
 
 
-def kernel_types(*, tk_data: bool = False, vdso: bool = True) -> Types:
+def kernel_types(*, tk_data: bool = False, vdso: bool = True, realtime: bool = False) -> Types:
     """The types that the engine asks for, as large and as laid out as in Linux 6.12."""
     types = Types()
     types.add("xen_irq_type", ENUM, 4, struct.pack("<Ii", types.name("IRQT_UNBOUND"), 0), 1)
@@ -91,6 +91,7 @@ def kernel_types(*, tk_data: bool = False, vdso: bool = True) -> Types:
     const_base = types.add("", CONST, base)
     keeper = types.struct("timekeeper", 280, [("tkr_mono", base, 0), ("tkr_raw", const_base, 56)])
     types.struct("tk_fast", 120, [("seq", u32, 0), ("base", types.array(base, 2), 8)])
+    types.struct("mutex", 32, [("rtmutex" if realtime else "owner", u64, 0)])
     types.struct("clocksource", 200, [("read", pointer, 0), ("name", pointer, 56)])
     if vdso:
         inner = types.struct("", 16, [("cycle_last", u64, 0), ("cycles", u64, 8)])
@@ -120,6 +121,7 @@ class Options:
     tk_data: bool = False
     vdso: bool = True
     vsyscall: bool = False
+    realtime: bool = False
     fillers: int = 700
     watches: Sequence[str] = ("control/shutdown", "/local/domain/0/backend/vif/3/0/state")
     without: Sequence[str] = ()
@@ -346,7 +348,9 @@ def build(options: Options | None = None) -> GuestKernel:
     image = options.image_va
     # A per-CPU symbol is an offset, or since Linux 6.15 an address like any other.
     percpu = 0 if options.absolute_percpu else image + 0x1F0000
-    types = kernel_types(tk_data=options.tk_data, vdso=options.vdso).bytes()
+    types = kernel_types(
+        tk_data=options.tk_data, vdso=options.vdso, realtime=options.realtime
+    ).bytes()
     rows = [("A" if options.absolute_percpu else "D", n, percpu + at) for n, at in _PERCPU.items()]
     rows += [(kind, name, image + at) for name, (kind, at) in _SYMBOLS.items()]
     rows.append(("R", "__stop_BTF", image + RODATA + 0x1000 + len(types)))

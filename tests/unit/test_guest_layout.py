@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
 from typing import Any
 
 import pytest
 
 from checkpoint.errors import ProtocolError, UnsupportedGuest
 from checkpoint.guest.layout import LinuxLayout
-from checkpoint.guest.linux import Registers, read_layout
-from tests.unit.guest_kernel import DIRECT, RELEASE, GuestKernel, Options, build
+from checkpoint.guest.linux import Registers, read_kernel, read_layout
+from tests.unit.guest_kernel import DIRECT, IMAGE_PA, RELEASE, GuestKernel, Options, build
 
 
 def layout(kernel: GuestKernel) -> LinuxLayout:
@@ -182,3 +183,17 @@ def test_a_page_table_of_another_kernel_is_refused() -> None:
     kernel.ram[top : top + 4096] = bytes(4096)
     with pytest.raises(UnsupportedGuest, match="no page at virtual address"):
         read_layout(kernel.memory, [Registers(0x20000, 0, kernel.lstar)])
+
+
+def test_data_that_is_not_in_one_piece_is_refused() -> None:
+    guest = build()
+    kernel = read_kernel(guest.memory, guest.registers)
+    va = guest.options.image_va + 0x130000
+    assert kernel.place(va + 8, 8192) == IMAGE_PA + 0x130008
+    entry = guest.ram.index(struct.pack("<Q", IMAGE_PA + 0x131000 | 3 | 1 << 63))
+    guest.poke(entry, IMAGE_PA + 0x140000 | 3)
+    assert kernel.place(va + 8, 4088) == IMAGE_PA + 0x130008
+    with pytest.raises(UnsupportedGuest, match="not in one piece"):
+        kernel.place(va + 8, 4089)
+    with pytest.raises(UnsupportedGuest, match="expected at most 1048576"):
+        kernel.place(va, (1 << 20) + 1)

@@ -47,3 +47,9 @@ def test_a_list_that_does_not_end_is_refused() -> None:
     kernel.poke(0x60000, 0xDEAD_0000_0000_0100)
     with pytest.raises(UnsupportedGuest, match="not canonical"):
         read_watches(kernel.memory, layout)
+
+
+def test_a_realtime_kernels_mutex_is_refused() -> None:
+    kernel = build(Options(realtime=True))
+    with pytest.raises(UnsupportedGuest, match="no member 'owner' in its type 'mutex'"):
+        read_layout(kernel.memory, kernel.registers)
