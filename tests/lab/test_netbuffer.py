@@ -8,7 +8,9 @@ with a real guest and its netback.
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from vagrant.lablib.guest import NAME as GUEST
 from vagrant.lablib.lab import Lab
 from vagrant.lablib.network import GUEST_IPV4
 
-_PROGRAM = Path(__file__).with_name("netbuffer_checks.py")
-_RING = Path(__file__).with_name("netbuffer_ring.py")
+_HERE = Path(__file__).parent
+_PROGRAM = [_HERE / f"netbuffer_{part}.py" for part in ("checks", "faults", "world")]
+_RING = _HERE / "netbuffer_ring.py"
 _CHECKS = [
     line.split("(")[0].removeprefix("def check_")
-    for line in _PROGRAM.read_text().splitlines()
+    for path in _PROGRAM
+    for line in path.read_text().splitlines()
     if line.startswith("def check_")
 ]
 
@@ -37,12 +41,15 @@ def quiet_lab(lab: Lab) -> Lab:
 @pytest.fixture(scope="module")
 def results(quiet_lab: Lab) -> dict[str, dict[str, Any]]:
     """What each check on host a said."""
-    done = quiet_lab.ssh(
-        "a", "python3 - 2>&1", check=False, timeout=1200, stdin=_PROGRAM.read_bytes()
-    )
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for path in _PROGRAM:
+            archive.add(path, f"tests/lab/{path.name}")
+    there = "d=$(mktemp -d) && tar -xf - -C $d && cd $d && python3 -m tests.lab.netbuffer_checks"
+    done = quiet_lab.ssh("a", there, check=False, timeout=1200, stdin=packed.getvalue())
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"check"')]
     found = {said["check"]: said for said in map(json.loads, lines)}
-    assert found, f"the checks did not run: exit status {done.status}: {done.stdout[-4000:]}"
+    assert found, f"the checks did not run: exit status {done.status}: {done.stderr[-4000:]}"
     return found
 
 
