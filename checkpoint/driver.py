@@ -89,7 +89,8 @@ class Captured:
     """Figures of one capture.
 
     :ivar pages: pages copied
-    :ivar pause_ns: time from the pause call to the return of the unpause call, nanoseconds
+    :ivar pause_ns: time from the pause call until the unpause call is made, nanoseconds; the return
+        of that call would tell when Dom0 got its processor back, not when the guest did
     :ivar retries: pause points given up before this one
     """
 

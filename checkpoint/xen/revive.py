@@ -225,6 +225,11 @@ class _FifoPages:
             self._ram.write(pa, content)
         raised: dict[int, list[int]] = {cpu.vcpu: [] for cpu in self._layout.cpus}
         for event in state.events:
+            if event.vcpu not in raised:
+                raise ReviveError(
+                    f"event channel {event.port} notifies vCPU {event.vcpu} (expected one that was "
+                    "up when protection began)"
+                )
             raised[event.vcpu].append(event.port)
         settle_fifo(self._ram, self._layout, live, raised)
 
@@ -257,13 +262,16 @@ def _place_frames(
 def _restore_vcpu_info(ram: RamView, address: int, captured: bytes) -> None:
     """Give a vCPU its event state back, with every event pending.
 
-    An event that was lost between the hosts is thereby raised again.  The time fields stay as
-    this host's Xen wrote them.
+    An event that was lost between the hosts is thereby raised again.  The time stays as this
+    host's Xen wrote it, but for its version: it goes on from the captured one, so that a vCPU
+    that was paused while it read the old time sees a change and reads again.
     """
     info = bytearray(captured[:_TIME_AT])
     info[0] = 1
     info[8:16] = b"\xff" * 8
     ram.write(address, bytes(info))
+    (version,) = struct.unpack_from("<I", captured, _TIME_AT)
+    ram.write(address + _TIME_AT, struct.pack("<I", (version + 2) & 0xFFFFFFFE))
 
 
 def _advance_tsc(context: Context, ticks: int) -> None:

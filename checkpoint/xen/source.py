@@ -169,9 +169,9 @@ class XenSource:
         except BaseException:
             self.unpause()
             raise
+        pause_ns = time.perf_counter_ns() - begun
         if not leave_paused:
             self.unpause()
-        pause_ns = time.perf_counter_ns() - begun
         staging.state = self._encoder.encode(state)
         return Captured(staging.count, pause_ns, 0)
 
