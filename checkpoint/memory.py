@@ -169,6 +169,9 @@ class MemorySource:
                 if len(guest.dirty) > staging.capacity:
                     raise OverflowError(f"{len(guest.dirty)} pages are dirty")
                 close_output()
+                if self._hypervisor.restless_late > 0:
+                    self._hypervisor.restless_late -= 1
+                    raise NotQuiescent("the guest is busy after all; expected a pause point")
                 staging.clear()
                 self._gather(sorted(guest.dirty), staging)
                 guest.dirty.clear()
@@ -240,6 +243,7 @@ class MemoryHypervisor:
     :param transmit: takes (device name, frame) of everything that guests here send
     :param memory_pages: guest memory that the host has for shells
     :ivar restless: so many of the next captures find no usable pause point
+    :ivar restless_late: so many of the next captures find that out when output is closed already
     :ivar reached: called with the name of each point that a test may want to disturb
     """
 
@@ -256,6 +260,7 @@ class MemoryHypervisor:
         self.memory_pages = memory_pages
         self.transmit = transmit
         self.restless = 0
+        self.restless_late = 0
         self.reached: Callable[[str], None] = lambda point: None
         self._domid = 0
 

@@ -34,6 +34,10 @@ GROWTH: Final = 4
 #: Seconds after an unusable pause point, doubled each time up to the limit.
 RETRY: Final = 0.001
 RETRY_LIMIT: Final = 0.1
+#: Seconds without a usable pause point, or without an ack from a standby that still beats, after
+#: which protection is given up: the guest's output must not be held for ever.
+CAPTURE_LIMIT: Final = 10.0
+ACK_LIMIT: Final = 20.0
 
 
 class Keeper(Protocol):
@@ -84,6 +88,8 @@ class Cycle:
         self._stalled_at = 0.0
         self._retry_delay = RETRY
         self._timer: asyncio.TimerHandle | None = None
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._restless_since = 0.0
         self._listening = False
         self._closed = False
         self._capturing: asyncio.Task[None] | None = None
@@ -99,8 +105,9 @@ class Cycle:
         if self._listening:
             self._listening = False
             self._loop.remove_reader(self._output.fileno())
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._ack_timer):
+            if timer is not None:
+                timer.cancel()
         if self._capturing is not None:
             await asyncio.wait({self._capturing})
 
@@ -213,6 +220,7 @@ class Cycle:
         match outcome:
             case Captured():
                 self._retry_delay = RETRY
+                self._restless_since = 0.0
                 self._pages_before = outcome.pages
                 keeper.statistics.checkpoints += 1
                 keeper.statistics.pages.add(outcome.pages)
@@ -220,6 +228,7 @@ class Cycle:
                 keeper.do(keeper.machine.captured_epoch(number))
             case NotQuiescent():
                 keeper.statistics.not_quiescent += 1
+                self._be_patient()
                 keeper.do(keeper.machine.capture_failed())
             case OverflowError() if self._staging.capacity < self._source.description.pages:
                 self._enlarge_staging()
@@ -227,6 +236,13 @@ class Cycle:
             case _:
                 keeper.do(keeper.machine.capture_failed())
                 keeper.spawn(self._capture_broke(outcome), "capture failed")
+
+    def _be_patient(self) -> None:
+        now = time.monotonic()
+        self._restless_since = self._restless_since or now
+        if now - self._restless_since > CAPTURE_LIMIT:
+            self._restless_since = 0.0
+            self._keeper.link_lost(f"no usable pause point within {CAPTURE_LIMIT:g} s")
 
     def _enlarge_staging(self) -> None:
         pages = self._source.description.pages
@@ -249,6 +265,9 @@ class Cycle:
     async def _send(self, number: int) -> None:
         keeper = self._keeper
         keeper.do(keeper.machine.sent_epoch(number))
+        self._ack_timer = self._loop.call_later(
+            ACK_LIMIT, keeper.link_lost, f"no acknowledgement within {ACK_LIMIT:g} s"
+        )
         try:
             if self._staging.count <= INLINE_PAGES:
                 batches = self._encode()
@@ -259,6 +278,8 @@ class Cycle:
         except CheckpointError as error:
             keeper.link_lost(f"a checkpoint did not get through: {error}", error)
             return
+        finally:
+            self._ack_timer.cancel()
         took = (time.monotonic_ns() - self._captured_ns) / 1e6
         keeper.do(keeper.machine.acked_epoch(number))
         keeper.statistics.commit_ms.add(took)

@@ -78,6 +78,10 @@ class Daemon:
         """
         config = self.host.config
         asked = await clean(self.host)
+        # Before anybody can ask for them.
+        self.recoveries = {
+            record.guest: Recovery(self.host, self.peers, record) for record in asked
+        }
         addresses = dict.fromkeys((*config.listen, *config.also))
         wildcard = {each.port for each in addresses if each.host in WILDCARDS}
         self._listener = await listen(
@@ -96,7 +100,6 @@ class Daemon:
             await self._listener.close()
             raise
         for record in asked:
-            self.recoveries[record.guest] = Recovery(self.host, self.peers, record)
             self.host.spawn(self._recover(record), f"{record.guest}: recovery")
         for record in self.host.ledger:
             if record.role is Role.OWNER and record.options.get("resume"):

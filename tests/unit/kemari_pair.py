@@ -73,6 +73,17 @@ class Loop:
         """Stop it where it is."""
         self.loop.call_soon_threadsafe(self.loop.stop)
 
+    def bury(self) -> None:
+        """End what is left in a stopped loop, so that nothing is said about it later."""
+        self.thread.join(PATIENCE)
+        self.loop.set_exception_handler(lambda loop, context: None)
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        for _ in range(20):
+            self.loop.call_soon(self.loop.stop)
+            self.loop.run_forever()
+        _FROZEN.append(asyncio.all_tasks(self.loop))
+
 
 @dataclass
 class Fabric:
@@ -181,12 +192,14 @@ class Machine:
         self.hypervisor = MemoryHypervisor(self.network.transmit)
         self.daemon: Daemon | None = None
         self.loop: Loop | None = None
+        self.loops: list[Loop] = []
         self.released = threading.Event()
         self._descriptors: set[int] = set()
 
     def start(self) -> None:
         """Start the daemon."""
         self.loop = Loop(f"daemon {self.name}")
+        self.loops.append(self.loop)
         self.daemon = Daemon(
             self.config, self.hypervisor, self.network, dial=self.fabric.dialler(self.name)
         )
@@ -324,10 +337,11 @@ class Pair:
     def __exit__(self, *_: object) -> None:
         for machine in self.machines.values():
             machine.released.set()
-            if machine.daemon is not None and machine.loop is not None:
-                _FROZEN.append(machine.daemon)
-                machine.loop.stop()
+            for loop in machine.loops:
+                loop.stop()
         self.fabric.loop.stop()
+        for loop in (*self.a.loops, *self.b.loops, self.fabric.loop):
+            loop.bury()
 
     def protect(self, **arguments: Any) -> Any:
         """``kemari start`` on a."""

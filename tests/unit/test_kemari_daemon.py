@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from functools import partial
 from pathlib import Path
@@ -389,6 +390,51 @@ def test_restless_guest_is_captured_later(tmp_path: Path) -> None:
         pair.talk(3)
         pair.check_answers()
         assert pair.a.status("web")["statistics"]["not_quiescent"] >= 5
+
+
+def test_a_capture_that_fails_late_closes_its_output_once(tmp_path: Path) -> None:
+    """What the guest sends between two attempts at an epoch waits for the epoch after it."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        for turn in range(1, 6):
+            pair.a.hypervisor.restless_late = turn
+            pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_a_guest_that_never_rests_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kemari.cycle.CAPTURE_LIMIT", 0.3)
+    with Pair(tmp_path, resume=False) as pair:
+        pair.protect()
+        pair.a.hypervisor.restless = 1 << 30
+        pair.talk(3)
+        pair.check_answers()
+        assert "no usable pause point" in pair.a.status("web")["why"]
+        await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
+
+
+def test_a_wedged_standby_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It beats, but acknowledges nothing and answers nothing: output must not wait for ever."""
+    monkeypatch.setattr("kemari.cycle.ACK_LIMIT", 0.5)
+    monkeypatch.setattr("kemari.endings.RESTART_PATIENCE", 1.0)
+    with Pair(tmp_path, resume=False) as pair:
+        pair.protect()
+        pair.talk(3)
+        assert pair.b.daemon
+        session = next(iter(pair.b.daemon.sessions.values()))
+
+        async def wedged(*_: object) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(session, "committed", wedged)
+        pair.talk(3)
+        pair.check_answers()
+        assert "no acknowledgement" in pair.a.status("web")["why"]
+        assert "web" not in pair.b.hypervisor.guests
 
 
 def test_staging_grows_with_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
