@@ -90,6 +90,8 @@ static int answer(char *out, size_t room, const char *request, int length, uint6
 
 static void close_connection(struct connection *c)
 {
+    // By hand: a descriptor that a child still holds would go on to report events.
+    epoll_ctl(poller, EPOLL_CTL_DEL, c->fd, NULL);
     close(c->fd);
     free(c);
 }
@@ -301,7 +303,11 @@ static void start_load(FILE *out, long pages, long mib, long loops)
 
 static void serve_commands(int fd)
 {
+    // Only this connection is ours: one that a child keeps open is not closed for its client.
     char line[LINE];
+    if (dup2(fd, 3) != 3 || close_range(4, ~0U, 0))
+        _exit(1);
+    fd = 3;
     FILE *in = fdopen(fd, "r"), *out = fdopen(dup(fd), "w");
     if (!in || !out)
         _exit(1);
@@ -335,7 +341,7 @@ static void accept_command(void)
         return;
     pid_t child = fork();
     if (child == 0)
-        serve_commands(fd); // every other descriptor is inherited and left alone
+        serve_commands(fd);
     close(fd);
 }
 

@@ -14,3 +14,5 @@ class LabError(Exception):
     def __init__(self, sentence: str, details: str = "") -> None:
         super().__init__(sentence)
         self.details = details
+        if details:
+            self.add_note(details)
