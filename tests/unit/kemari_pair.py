@@ -23,7 +23,7 @@ from checkpoint.hello import Hello
 from checkpoint.link import Link, LinkOptions, PeerSilent
 from checkpoint.memory import MemoryGuest, MemoryHypervisor, digest_of, parse_answer
 from checkpoint.network import connect
-from kemari.config import Address, Config, Paths
+from kemari.config import Address, Config, Paths, Tls
 from kemari.control import request
 from kemari.daemon import Daemon
 from kemari.memory import MemoryNetwork, Switch
@@ -291,6 +291,7 @@ class Pair:
     """Hosts a and b with a replication network and a LAN, and a guest on a.
 
     :param lan: whether the hosts know each other's LAN address
+    :param tls_of: hosts whose TLS differs from the others'
     """
 
     def __init__(
@@ -300,6 +301,7 @@ class Pair:
         lan: bool = True,
         heartbeat_ms: int = 400,
         guest: str = "web",
+        tls_of: dict[str, Tls | None] | None = None,
         **changes: Any,
     ) -> None:
         self.switch = Switch()
@@ -320,9 +322,10 @@ class Pair:
                 interval_ms=50,
                 paths=Paths(folder / name / "state", folder / name / "run"),
             )
-            self.machines[name] = Machine(
-                name, self.fabric, self.switch, replace(config, **changes)
-            )
+            config = replace(config, **changes)
+            if tls_of and name in tls_of:
+                config = replace(config, tls=tls_of[name])
+            self.machines[name] = Machine(name, self.fabric, self.switch, config)
         self.a, self.b = self.machines["a"], self.machines["b"]
         self.name = guest
         self.guest: MemoryGuest = self.a.hypervisor.boot(guest)
