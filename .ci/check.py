@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All checks one after the other: lint, types, documents, unit, property and lab tests.
+
+The last line is ``N passed, N failed``, over all tests and with one for each step that is not a
+test; the exit status is 0 only if nothing failed.  A lab test that was skipped counts as failed:
+what is for real hosts must have run on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "check"
+MINUTES = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What a step came to.
+
+    :ivar skipped: tests that did not run, counted neither as passed nor as failed
+    """
+
+    passed: int
+    failed: int
+    skipped: int = 0
+
+
+def run(argv: list[str], timeout: float, **environment: str) -> int:
+    """Run a program with our own output; its exit status, or 124 if it took too long."""
+    process = subprocess.Popen(
+        argv, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True
+    )
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        print(f"check: took longer than {timeout / MINUTES:.0f} minutes: {' '.join(argv)}")
+        # As an interrupt, so that a lab is taken down.
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return 124
+    except BaseException:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
+        raise
+
+
+def step(*words: str) -> Count:
+    """A step that passes or fails as a whole."""
+    good = run([sys.executable, *words], 10 * MINUTES) == 0
+    return Count(int(good), int(not good))
+
+
+def pytest(
+    name: str, *words: str, timeout: float, must_run: bool = False, **environment: str
+) -> Count:
+    """A run of pytest.
+
+    :param must_run: whether a skipped test is a failed one
+    """
+    report = OUT / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    argv = [sys.executable, "-m", "pytest", "-ra", f"--junitxml={report}", *words]
+    status = run(argv, timeout, **environment)
+    try:
+        suites = list(ElementTree.parse(report).iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
+        return Count(0, 1)  # it did not come to its end
+    total, failures, errors, skipped = (
+        sum(int(suite.get(key, 0)) for suite in suites)
+        for key in ("tests", "failures", "errors", "skipped")
+    )
+    failed = failures + errors
+    passed = total - failed - skipped
+    if must_run:
+        failed, skipped = failed + skipped, 0
+    if status != 0 and not failed:
+        failed = 1  # no tests, an interrupt, a timeout
+    return Count(passed, failed, skipped)
+
+
+def lab(suite: str, *words: str, timeout: float, **environment: str) -> Count:
+    """The tests on real Xen, in a lab of their own."""
+    state = OUT / f"lab-{suite}"
+    try:
+        return pytest(
+            f"lab-{suite}",
+            "-v",
+            "--durations=10",
+            f"--lab-suite={suite}",
+            f"--lab-state={state}",
+            *words,
+            "tests/lab",
+            timeout=timeout,
+            must_run=True,
+            **environment,
+        )
+    finally:
+        run([sys.executable, "vagrant/lab", "--state", str(state), "down"], 5 * MINUTES)
+
+
+STEPS: dict[str, Callable[[], Count]] = {
+    "lint": lambda: step("-m", "ruff", "check", "--quiet", "."),
+    "format": lambda: step("-m", "ruff", "format", "--quiet", "--check", "."),
+    "types": lambda: step("-m", "mypy"),
+    "docs": lambda: step(".ci/links.py"),
+    "unit": lambda: pytest("unit", "-q", "tests/unit", timeout=15 * MINUTES),
+    "property": lambda: pytest("property", "-q", "tests/property", timeout=15 * MINUTES),
+    "lab-bookworm": lambda: lab("bookworm", timeout=45 * MINUTES),
+    "lab-trixie": lambda: lab("trixie", "-m", "short", timeout=20 * MINUTES, KEMARI_LAB_CUTS="1"),
+}
+
+
+def main() -> int:
+    """Run the steps that were asked for, or all."""
+    parser = argparse.ArgumentParser(prog="check", description="All checks, or some of them.")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    wanted = parser.parse_args().steps or list(STEPS)
+    unknown = [name for name in wanted if name not in STEPS]
+    if unknown:
+        parser.error(f"no step {', '.join(unknown)}; expected {', '.join(STEPS)}")
+    OUT.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in wanted:
+        print(f"---- {name} ----", flush=True)
+        began = time.monotonic()
+        rows.append((name, STEPS[name](), time.monotonic() - began))
+    print("----")
+    for name, count, seconds in rows:
+        skipped = f", {count.skipped} skipped" if count.skipped else ""
+        print(
+            f"{name:<14} {seconds:7.1f} s   {count.passed} passed, {count.failed} failed{skipped}"
+        )
+    passed = sum(count.passed for _, count, _ in rows)
+    failed = sum(count.failed for _, count, _ in rows)
+    print(f"{passed} passed, {failed} failed", flush=True)
+    return 0 if not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo     a guest survives the power cut of its host, in a lab of two emulated Xen hosts
+# make check    lint, types, documents, unit, property and lab tests; ends with "N passed, N failed"
+# make lint     lint and types only
+# make docs     whether what the documents refer to is there
+# make lab-up   the lab alone, for trying things out; `vagrant/lab --help` has the rest
+# make lab-down
+# Whatever is missing is installed: Debian packages by root, Python packages into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+# Further words, as in: make demo DEMO="--suite trixie --cuts 2", make check CHECK="lint unit"
+DEMO ?=
+CHECK ?=
+LAB ?=
+
+.PHONY: demo check lint docs lab-up lab-down packages clean
+.DEFAULT_GOAL := check
+
+packages:
+	@.ci/packages $(PYTHON)
+
+$(STAMP): setup.cfg setup.py pyproject.toml checkpoint/_native.c checkpoint/_pages.h | packages
+	@echo "making $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check setuptools wheel
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--editable '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(RUN) vagrant/demo $(DEMO)
+
+check: $(STAMP)
+	@$(RUN) .ci/check.py $(CHECK)
+
+lint: $(STAMP)
+	@$(RUN) .ci/check.py lint format types
+
+docs: $(STAMP)
+	@$(RUN) .ci/check.py docs
+
+lab-up: $(STAMP)
+	@$(RUN) vagrant/lab up $(LAB)
+
+lab-down:
+	@$(PYTHON) vagrant/lab down
+
+clean:
+	rm -rf $(VENV) build out *.egg-info
