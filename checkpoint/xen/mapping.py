@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoint.driver import PAGE_SIZE
 from checkpoint.errors import HypervisorError
+from checkpoint.guest.memory import PAGE_SHIFT, GuestMemoryError, RamView
 from checkpoint.xen.libs import Libraries, ffi, libraries
 
 _PROT_READ, _PROT_WRITE = 1, 2
@@ -89,6 +90,39 @@ class Mapping:
         if self._address is not None:
             self._libs.fmem.xenforeignmemory_unmap(self._libs.fmemh, self._address, self._count)
             self._address = None
+
+
+class PresentRam:
+    """:class:`checkpoint.guest.memory.PhysicalMemory` over a mapping of guest RAM with holes.
+
+    What is read there leads to where the guest says, so that a hole must be no more than an error.
+
+    :param mapping: the guest's frames from 0 on
+    """
+
+    def __init__(self, mapping: Mapping) -> None:
+        self._ram = RamView(mapping.view)
+        self._holes = frozenset(mapping.holes)
+        self._end = len(mapping.view)
+
+    def read(self, pa: int, length: int) -> bytes:
+        """See :class:`checkpoint.guest.memory.PhysicalMemory`."""
+        self._check(pa, length)
+        return self._ram.read(pa, length)
+
+    def write(self, pa: int, data: bytes) -> None:
+        """See :class:`checkpoint.guest.memory.PhysicalMemory`."""
+        self._check(pa, len(data))
+        self._ram.write(pa, data)
+
+    def _check(self, pa: int, length: int) -> None:
+        if not self._holes or pa < 0 or pa + length > self._end:
+            return
+        touched = range(pa >> PAGE_SHIFT, (pa + length - 1 >> PAGE_SHIFT) + 1)
+        if not self._holes.isdisjoint(touched):
+            raise GuestMemoryError(
+                f"{length} bytes at guest physical address {pa:#x} are in a hole of guest RAM"
+            )
 
 
 class GrantFrames:

@@ -14,20 +14,21 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from checkpoint import native
 from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
-from checkpoint.errors import NotQuiescent
+from checkpoint.errors import NotQuiescent, UnsupportedGuest
 from checkpoint.guest.clock import reads_clock, timekeeping_at_rest
 from checkpoint.guest.events import event_pages
 from checkpoint.guest.layout import LinuxLayout
-from checkpoint.guest.memory import RamView
+from checkpoint.guest.memory import PhysicalMemory, RamView
 from checkpoint.guest.xenstore import xenstore_at_rest
 from checkpoint.xen import rings, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
 from checkpoint.xen.dirty import DirtyLog, switch_off
-from checkpoint.xen.mapping import GrantFrames, Mapping
+from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
 from checkpoint.xen.state import MachineState, StateEncoder
 from checkpoint.xen.store import Store
 from checkpoint.xen.tables import Tables
@@ -58,64 +59,110 @@ class XenSource:
         self._pages = description.pages
         self._paused = False
         self._tracking = False
-        self._store: Store | None = None
+        self._condemned = False
         self._destroyed = False
+        self._memory: PhysicalMemory = RamView(b"")
 
     # ---- Section: tracking ----
 
+    @property
+    def tracking(self) -> bool:
+        """Whether this object has the guest's dirty log, of which Xen keeps only one."""
+        return self._tracking
+
     def track(self) -> None:
         domid = self._domain.domid
-        self._store = Store()
-        self._base = f"/local/domain/{domid}"
-        self._store_changed = self._store.watch(self._base)
-        self._log = DirtyLog(domid, self._pages)
-        self._tables = Tables(domid)
-        self._ram = Mapping(domid, range(self._pages), allow_holes=True)
-        self._outside = Mapping(domid, self._special)
-        self._memory = RamView(self._ram.view)
-        _events, frames = self._tables.read()
-        self._grants = GrantFrames(domid, frames)
-        self._found = array("Q", bytes(8 * self._pages))
-        self._carried: bytes | None = None
-        self._context_size = 0
-        self._callback = {HVM_PARAM_CALLBACK_IRQ: self._domain.get_param(HVM_PARAM_CALLBACK_IRQ)}
-        self._encoder = StateEncoder()
-        self._first_round = True
+        with ExitStack() as held:
+            self._store = Store()
+            held.callback(self._store.close)
+            self._base = f"/local/domain/{domid}"
+            self._store_changed = self._store.watch(self._base)
+            self._stale = True
+            self._log = DirtyLog(domid, self._pages)
+            held.callback(self._log.close)
+            self._tables = Tables(domid)
+            held.callback(self._tables.close)
+            self._ram = Mapping(domid, range(self._pages), allow_holes=True)
+            held.callback(self._ram.close)
+            self._outside = Mapping(domid, self._special)
+            held.callback(self._outside.close)
+            _events, frames = self._tables.read()
+            self._grants = GrantFrames(domid, frames)
+            held.callback(lambda: self._grants.close())
+            self._memory = PresentRam(self._ram)
+            self._holes = array("Q", self._ram.holes)
+            self._found = array("Q", bytes(8 * self._pages))
+            self._carried: bytes | None = None
+            self._log_was_read = False
+            self._context_size = 0
+            callback = self._domain.get_param(HVM_PARAM_CALLBACK_IRQ)
+            self._callback = {HVM_PARAM_CALLBACK_IRQ: callback}
+            self._encoder = StateEncoder()
+            self._first_round = True
+            self._most_pages = self._held_pages()
+            self._log.enable()
+            self._refresh()
+            self._held = held.pop_all()
         self._tracking = True
-        self._log.enable()
-        self._refresh()
 
     def untrack(self) -> None:
-        if self._tracking:
-            self._release()
-            self._log.close()
-        else:
-            switch_off(self._domain.domid)  # a killed daemon may have left it on
-        self.unpause()
+        try:
+            if self._tracking:
+                self._release()
+            else:
+                switch_off(self._domain.domid)  # a killed daemon may have left it on
+        finally:
+            self.unpause()
 
     def _release(self) -> None:
         self._tracking = False
-        self._memory = RamView(memoryview(bytearray()))
-        self._tables.close()
-        self._grants.close()
-        self._ram.close()
-        self._outside.close()
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self._memory = RamView(b"")
+        self._held.close()
 
     def _refresh(self) -> None:
         """Read again what the guest negotiated with its backends, if it changed."""
-        assert self._store is not None
+        self._check_size()
         if self._store_changed():
+            self._stale = True
+        if self._stale:
             self._tree = self._store.tree(self._base)
+            _events, frames = self._tables.read()
+            self._map_grants(frames)
             self._rings = rings.net_rings(self._tree, self._grants.view)
             self._fifo_pages = -1
-        fifo = self._layout.fifo
-        count = 0 if fifo is None else int.from_bytes(self._memory.read(fifo.pages, 4), "little")
+            self._stale = False
+        count = self._fifo_count()
         if count != self._fifo_pages:
+            lasting = self._lasting_frames() | {ring.gfn for ring in self._rings}
+            if not lasting.isdisjoint(self._holes):
+                raise UnsupportedGuest("the guest shares pages that it does not have")
+            self._shared = sorted(lasting)
             self._fifo_pages = count
-            self._shared = sorted(self._lasting_frames() | {ring.gfn for ring in self._rings})
+
+    def _fifo_count(self) -> int:
+        fifo = self._layout.fifo
+        return 0 if fifo is None else int.from_bytes(self._memory.read(fifo.pages, 4), "little")
+
+    def _map_grants(self, frames: int) -> None:
+        if frames != self._grants.frames:
+            grown = GrantFrames(self._domain.domid, frames)
+            self._grants.close()
+            self._grants = grown
+
+    def _held_pages(self) -> int:
+        info = self._domain.info()
+        return 0 if info is None else info.pages
+
+    def _check_size(self) -> None:
+        """:raise UnsupportedGuest: the guest was given pages after they were mapped here"""
+        # What it gave away before stays counted, since the mapping here holds it: a guest that
+        # takes memory back under the same frame numbers can only have more than at the start.
+        pages = self._held_pages()
+        if pages > self._most_pages:
+            raise UnsupportedGuest(
+                f"the guest's memory has grown from {self._most_pages} to {pages} pages "
+                "(expected it to stay as it is while protected)"
+            )
 
     def _lasting_frames(self) -> set[int]:
         # Pages that Xen writes through a lasting mapping: the dirty log never sees those writes.
@@ -140,7 +187,7 @@ class XenSource:
         else:
             self._log.read_and_clean()
             everything = self._found
-            count = native.scan_bitmap(self._log.bitmap, self._pages, everything)
+            count = self._scan()
         for start in range(0, count, _BATCH):
             yield everything[start : min(start + _BATCH, count)]
 
@@ -161,22 +208,35 @@ class XenSource:
         self.pause()
         try:
             context = self._domain.get_context()
-            self._check_at_rest(context)
+            special = {
+                gfn: bytes(self._outside.page(index)) for index, gfn in enumerate(self._special)
+            }
+            self._check_at_rest(context, special[self._special[0]])
             self._await_backends()
             close_output()
-            state = self._copy_shared(staging, context)
+            state = self._copy_shared(staging, context, special)
             self._copy_dirty(staging)
+            pause_ns = time.perf_counter_ns() - begun
+            if not leave_paused:
+                self.unpause()
+            staging.state = self._encoder.encode(state)
         except BaseException:
+            if self._log_was_read:
+                # The log is clean now: what it said must not be lost with this attempt.
+                self._carried = bytes(self._log.bitmap)
             self.unpause()
             raise
-        pause_ns = time.perf_counter_ns() - begun
-        if not leave_paused:
-            self.unpause()
-        staging.state = self._encoder.encode(state)
+        finally:
+            self._log_was_read = False
         return Captured(staging.count, pause_ns, 0)
 
-    def _check_at_rest(self, context: bytes) -> None:
-        """:raise NotQuiescent: the guest itself is in the middle of something that cannot move"""
+    def _check_at_rest(self, context: bytes, store_page: bytes) -> None:
+        """Look whether this pause point will do.
+
+        :param store_page: the copy of the xenstore ring that goes with the checkpoint: xenstored
+            may put an event into the live one at any time
+        :raise NotQuiescent: the guest itself is in the middle of something that cannot move
+        """
         if len(context) != self._context_size:  # a vCPU came up or went down
             self._context_size = len(context)
             self._pointers_at = Context(context).instruction_pointers_at()
@@ -185,9 +245,13 @@ class XenSource:
             raise NotQuiescent("the guest was paused while it read its clock")
         if not timekeeping_at_rest(self._memory, self._layout):
             raise NotQuiescent("the guest was paused while it updated its clock")
-        store_page = self._outside.page(0)
         if not (rings.xenstore_empty(store_page) and xenstore_at_rest(self._memory, self._layout)):
             raise NotQuiescent("the guest was paused in a conversation with xenstore")
+        if self._store_changed():
+            self._stale = True
+            raise NotQuiescent("the guest's part of xenstore has just changed")
+        if self._fifo_count() != self._fifo_pages:
+            raise NotQuiescent("the guest has just added a page of event channels")
 
     def _await_backends(self) -> None:
         """Wait until no backend owes the paused guest an answer.
@@ -208,14 +272,15 @@ class XenSource:
     def _page(self, gfn: int) -> memoryview:
         return self._ram.view[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
 
-    def _copy_shared(self, staging: Staging, context: bytes) -> MachineState:
+    def _copy_shared(
+        self, staging: Staging, context: bytes, special: dict[int, bytes]
+    ) -> MachineState:
         """Copy, before the dirty log is read, every page that somebody else may write."""
         events, frames = self._tables.read()
-        if frames != self._grants.frames:
-            self._grants.close()
-            self._grants = GrantFrames(self._domain.domid, frames)
+        self._map_grants(frames)
         grants = bytes(self._grants.view)
         written = {gfn for gfn in native.active_writable(grants) if gfn < self._pages}
+        written.difference_update(self._holes)
         shared = self._shared
         if not written.issubset(shared):
             shared = sorted(written.union(shared))
@@ -229,9 +294,7 @@ class XenSource:
             context=context,
             events=events,
             grants=[grants[at : at + PAGE_SIZE] for at in range(0, len(grants), PAGE_SIZE)],
-            pages={
-                gfn: bytes(self._outside.page(index)) for index, gfn in enumerate(self._special)
-            },
+            pages=special,
             params=self._callback,  # set once, when the guest boots
             store=self._tree,
         )
@@ -254,20 +317,35 @@ class XenSource:
 
     def _copy_dirty(self, staging: Staging) -> None:
         self._log.read_and_clean()
+        self._log_was_read = True
         if self._carried is not None:
             self._merge_carried()
-        try:
-            count = native.scan_bitmap(self._log.bitmap, self._pages, self._found)
-            count = native.subtract(self._found, count, self._copied_first)
-            first = staging.count
-            self._need(staging, first + count)
-            staging.gfns[first : first + count] = self._found[:count]
-            native.gather(self._ram.view, self._found, count, staging.data[first * PAGE_SIZE :])
-            staging.count = first + count
-        except BaseException:
-            # The log is clean now: what it said must not be lost with this attempt.
-            self._carried = bytes(self._log.bitmap)
-            raise
+        count = native.subtract(self._found, self._scan(), self._copied_first)
+        first = staging.count
+        self._need(staging, first + count)
+        staging.gfns[first : first + count] = self._found[:count]
+        native.gather(self._ram.view, self._found, count, staging.data[first * PAGE_SIZE :])
+        staging.count = first + count
+
+    def _scan(self) -> int:
+        """Put the frames of the log that was read into ``_found``; how many they are.
+
+        :raise UnsupportedGuest: among them is one that the guest did not have when it was mapped
+        """
+        count = native.scan_bitmap(self._log.bitmap, self._pages, self._found)
+        if self._holes:
+            logged = self._found[:count]
+            left = native.subtract(self._found, count, self._holes)
+            if left < count:
+                # A growing grant table takes frames that the guest keeps free for it.
+                new = set(logged).intersection(self._holes).difference(self._layout.grants.gfns)
+                if new:
+                    raise UnsupportedGuest(
+                        f"the guest was given memory at frame {min(new):#x} "
+                        "(expected its memory to stay as it is while protected)"
+                    )
+            count = left
+        return count
 
     def _merge_carried(self) -> None:
         assert self._carried is not None
@@ -290,10 +368,12 @@ class XenSource:
             self._paused = True
 
     def unpause(self) -> None:
+        if self._condemned:
+            return  # another host runs the guest, even where this copy could not be destroyed yet
         if not self._paused:
             # A daemon that was killed inside a capture has left the guest paused.
             info = self._domain.info()
-            self._paused = info is not None and info.paused and not self._destroyed
+            self._paused = info is not None and info.paused
         if self._paused:
             self._domain.unpause()
             self._paused = False
@@ -303,8 +383,11 @@ class XenSource:
         return info is not None and not info.dying and not info.shutdown
 
     def destroy(self) -> None:
-        if self._tracking:
-            self._release()  # and stay paused: another host runs the guest
-        if not self._destroyed:
-            self._destroyed = True
-            toolstack.destroy(self._domain.domid)
+        self._condemned = True  # from here on it stays paused
+        try:
+            if self._tracking:
+                self._release()
+        finally:
+            if not self._destroyed:
+                toolstack.destroy(self._domain.domid)
+                self._destroyed = True

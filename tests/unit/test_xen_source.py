@@ -1,0 +1,639 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of a capture, what it waits for, and what is left after each way it can fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+import pytest
+
+from checkpoint import native
+from checkpoint.driver import PAGE_SIZE, Staging
+from checkpoint.errors import (
+    CheckpointError,
+    HypervisorError,
+    NotQuiescent,
+    UnsupportedGuest,
+)
+from checkpoint.guest.layout import LinuxLayout
+from checkpoint.xen import rings, source, toolstack
+from checkpoint.xen.source import XenSource
+from checkpoint.xen.state import StateEncoder
+from tests.unit.guest_fifo import WORDS
+from tests.unit.xen_fakes import save_file
+from tests.unit.xen_guest import (
+    BUFFER,
+    BUFFER_REFERENCE,
+    CONSOLE_GFN,
+    DATA,
+    DOMID,
+    RX,
+    STORE_GFN,
+    TX,
+    VIF,
+    Rig,
+)
+
+CLEAN = 11
+GTF_WRITING = 0x10
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A guest that is tracked, its first copy done."""
+    made = Rig(monkeypatch)
+    made.source.track()
+    assert sum(len(batch) for batch in made.source.base_round()) == made.pages
+    made.xen.calls.clear()
+    return made
+
+
+def on_clean(rig: Rig, action: object) -> None:
+    """Do ``action`` just before Xen hands out and cleans the log."""
+
+    def before(_xch: object, _domid: int, operation: int, *_rest: object) -> None:
+        if operation == CLEAN:
+            action()  # type: ignore[operator]
+
+    rig.xen.before["xc_logdirty_control"] = before
+
+
+def lasting(layout: LinuxLayout) -> set[int]:
+    """Frames that Xen writes behind the log's back."""
+    places = [layout.shared_info, WORDS]
+    for cpu in layout.cpus:
+        places += [cpu.vcpu_info, cpu.runstate, cpu.control_block or 0]
+    return {place // PAGE_SIZE for place in places}
+
+
+# ---- Section: the order ----
+
+
+def test_calls_of_a_capture_are_made_in_this_order(rig: Rig) -> None:
+    rig.capture()  # the first one also asks how much room the vCPU state needs
+    rig.xen.calls.clear()
+    rig.capture()
+    order = ["xc_domain_pause", "xc_domain_hvm_getcontext", "close_output", "xencall2",
+             "xc_logdirty_control", "xc_domain_unpause"]  # fmt: skip
+    made = [call for call in rig.xen.calls if call in order]
+    assert made == order
+    assert rig.guest.pauses == 0
+
+
+def test_rings_are_copied_before_the_log_is_read_and_data_after(rig: Rig) -> None:
+    rig.guest.write(DATA, b"old data")
+
+    def backend_at_work() -> None:
+        rig.guest.write(DATA, b"new data")  # marked in the log by Xen, as a grant copy is
+        rig.guest.backend_writes(RX, b"answered", 64)
+
+    on_clean(rig, backend_at_work)
+    rig.capture()
+    copies = rig.copies()
+    assert copies[DATA].startswith(b"new data")
+    assert copies[RX][64:72] != b"answered"
+    assert bytes(rig.guest.page(RX)[64:72]) == b"answered"
+
+
+def test_what_backends_write_until_the_output_is_closed_is_in_the_copy(rig: Rig) -> None:
+    def answered() -> None:
+        rig.guest.backend_writes(RX, b"in time!", 64 + 8 * 200)
+
+    rig.capture(answered)
+    assert rig.copies()[RX][64 + 8 * 200 :][:8] == b"in time!"
+
+
+def test_output_is_closed_after_backends_answered_and_before_the_log_is_read(rig: Rig) -> None:
+    rig.indices(TX, 9, 7)
+    looks = []
+
+    def answer(page: memoryview) -> bool:
+        looks.append(rig.closed)
+        if len(looks) == 3:
+            rig.indices(TX, 9, 9)
+        return len(looks) >= 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rings, "transmit_answered", answer)
+        on_clean(rig, lambda: looks.append(rig.closed + 10))
+        rig.capture()
+    assert looks == [0, 0, 0, 11]
+
+
+def test_every_lasting_mapping_is_copied_each_time(rig: Rig) -> None:
+    expected = lasting(rig.layout) | {TX, RX}
+    for _ in range(2):
+        rig.capture()
+        assert set(rig.copies()) == expected
+    rig.guest.write(DATA, b"x")
+    rig.guest.write(RX, b"x", 100)
+    rig.capture()
+    assert set(rig.copies()) == expected | {DATA}
+
+
+def test_pages_under_an_active_writable_grant_are_copied_though_clean(rig: Rig) -> None:
+    rig.guest.grant(BUFFER_REFERENCE, BUFFER, 1 | GTF_WRITING)
+    rig.guest.backend_writes(BUFFER, b"by grant")
+    rig.capture()
+    assert rig.copies()[BUFFER].startswith(b"by grant")
+    rig.guest.grant(BUFFER_REFERENCE, BUFFER, 1)
+    rig.capture()
+    assert BUFFER not in rig.copies()
+
+
+def test_writable_grants_of_frames_outside_ram_are_left_out(rig: Rig) -> None:
+    rig.guest.grant(BUFFER_REFERENCE, 0xFFFFFFFF, 1 | GTF_WRITING)
+    rig.capture()
+    assert max(rig.copies()) < rig.pages
+
+
+def test_the_state_is_what_the_guest_had(rig: Rig) -> None:
+    rig.guest.page(CONSOLE_GFN)[:5] = b"login"
+    rig.guest.grant(20, 0x123, 5)
+    state = rig.capture()
+    assert state.context == rig.guest.context
+    assert [(e.port, e.status, e.vcpu) for e in state.events] == [
+        (1, 2, 0), (2, 2, 0), (3, 4, 0), (4, 5, 1),
+    ]  # fmt: skip
+    assert state.params == {0: 2 << 56 | 0xF3}
+    assert state.store == rig.store.nodes
+    assert state.pages[CONSOLE_GFN].startswith(b"login")
+    assert set(state.pages) == {STORE_GFN, CONSOLE_GFN}
+    assert state.grants == [bytes(rig.guest.grants[:PAGE_SIZE])]
+
+
+def test_a_capture_may_leave_the_guest_paused(rig: Rig) -> None:
+    rig.capture(leave_paused=True)
+    assert rig.guest.pauses == 1
+    rig.source.unpause()
+    rig.source.unpause()
+    assert rig.guest.pauses == 0
+
+
+# ---- Section: pause points that will not do ----
+
+
+def refused(rig: Rig, reason: str) -> None:
+    """A capture finds no quiet moment; the guest runs, and the next one misses nothing."""
+    rig.guest.write(DATA, b"kept")
+    with pytest.raises(NotQuiescent, match=reason):
+        rig.capture()
+    assert rig.guest.pauses == 0
+
+
+def test_a_transmit_ring_that_stays_unanswered(rig: Rig) -> None:
+    rig.indices(TX, 9, 7)
+    refused(rig, "has not answered")
+    assert rig.closed == 0
+    rig.indices(TX, 9, 9)
+    rig.capture()
+    assert DATA in rig.copies()
+
+
+def test_a_half_written_answer_on_a_receive_ring(rig: Rig) -> None:
+    rig.guest.backend_writes(RX, struct.pack("<HHHh", 290 % 256, 0, 0, 1514), 64 + 8 * (290 % 256))
+    refused(rig, "batch of answers open")
+    rig.indices(RX, 300, 291)
+    rig.capture()
+    assert {DATA, RX} <= set(rig.copies())
+
+
+def test_a_receive_ring_is_copied_again_until_it_is_unambiguous(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = 64 + 8 * (290 % 256)
+    rig.guest.backend_writes(RX, struct.pack("<HHHh", 290 % 256, 0, 0, 1514), at)
+    monkeypatch.setattr(source, "_QUIET_BOUND", 30.0)
+    monkeypatch.setattr(os, "sched_yield", lambda: rig.indices(RX, 300, 291))
+    rig.capture()
+    requests, _, responses, _ = struct.unpack_from("<4I", rig.copies()[RX])
+    assert (requests, responses) == (300, 291)
+
+
+def test_a_vcpu_that_reads_its_clock(rig: Rig) -> None:
+    first, _end = rig.layout.clock.code[0]
+    rig.guest.context = save_file((0, 1), rip=first + 4)
+    refused(rig, "while it read its clock")
+
+
+def test_a_vcpu_that_came_up_since_is_looked_at(rig: Rig) -> None:
+    rig.guest.context = save_file((0,), down=(1,))
+    rig.capture()
+    first, _end = rig.layout.clock.code[0]
+    context = bytearray(save_file((0, 1)))
+    at = context.rindex(struct.pack("<HHI", 2, 1, 1032)) + 8 + 640
+    context[at : at + 8] = first.to_bytes(8, "little")
+    rig.guest.context = bytes(context)
+    rig.domain = rig.source._domain
+    rig.domain._context_size = 0
+    refused(rig, "while it read its clock")
+
+
+def test_a_clock_that_is_being_set(rig: Rig) -> None:
+    sequence = rig.layout.clock.sequence
+    rig.guest.write(sequence // PAGE_SIZE, b"\x05", sequence % PAGE_SIZE)
+    refused(rig, "while it updated its clock")
+
+
+@pytest.mark.parametrize("indices", [(5, 6, 9, 9), (5, 5, 9, 10)], ids=["request", "answer"])
+def test_a_message_in_the_xenstore_ring(rig: Rig, indices: tuple[int, ...]) -> None:
+    rig.store_ring(*indices)
+    refused(rig, "conversation with xenstore")
+
+
+def test_an_event_that_xenstored_writes_during_the_capture_is_not_in_the_copy(rig: Rig) -> None:
+    state = rig.capture(lambda: rig.store_ring(0, 0, 0, 40))
+    assert struct.unpack_from("<4I", state.pages[STORE_GFN], 2048) == (0, 0, 0, 0)
+
+
+def test_a_node_of_the_guest_that_changed_just_before_the_pause(rig: Rig) -> None:
+    rig.xen.before["xc_domain_pause"] = lambda *_: rig.store.set("control/feature", "1")
+    refused(rig, "has just changed")
+    del rig.xen.before["xc_domain_pause"]
+    assert rig.capture().store["control/feature"] == "1"
+
+
+# ---- Section: errors ----
+
+STEPS = {
+    "xc_domain_hvm_getcontext": HypervisorError,
+    "xencall2": HypervisorError,
+    "xc_logdirty_control": HypervisorError,
+    "xc_domain_unpause": HypervisorError,
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_each_call_that_fails_leaves_the_guest_running_and_the_log_whole(
+    rig: Rig, step: str
+) -> None:
+    rig.capture()
+    rig.guest.write(DATA, b"kept")
+    rig.xen.failing[step] = (0, errno.EIO)
+    # Xen that refuses once, and not the second time, when the guest is let go:
+    if step == "xc_domain_unpause":
+        rig.xen.before[step] = lambda *_: rig.xen.before.__setitem__(
+            step, lambda *_: rig.xen.failing.pop(step, None)
+        )
+    with pytest.raises(STEPS[step]):
+        rig.capture()
+    assert rig.guest.pauses == 0
+    rig.xen.failing.clear()
+    rig.capture()
+    assert rig.copies()[DATA].startswith(b"kept")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (native, "active_writable"),
+        (native, "gather"),
+        (native, "scan_bitmap"),
+        (native, "subtract"),
+        (rings, "xenstore_empty"),
+        (rings, "transmit_answered"),
+        (rings, "receive_unambiguous"),
+        (source, "timekeeping_at_rest"),
+        (StateEncoder, "encode"),
+        (XenSource, "_copy_dirty"),
+    ],
+    ids=lambda item: item if isinstance(item, str) else "",
+)
+def test_each_step_of_ours_that_fails_leaves_the_guest_running_and_the_log_whole(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+) -> None:
+    rig.capture()
+    rig.guest.write(DATA, b"kept")
+
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, broken)
+        with pytest.raises(MemoryError, match=name):
+            rig.capture()
+    assert rig.guest.pauses == 0
+    rig.capture()
+    assert rig.copies()[DATA].startswith(b"kept")
+
+
+def test_an_output_buffer_that_cannot_be_closed(rig: Rig) -> None:
+    def broken() -> None:
+        raise RuntimeError("no plug")
+
+    with pytest.raises(RuntimeError, match="no plug"):
+        rig.source.capture(rig.staging, broken)
+    assert rig.guest.pauses == 0
+
+
+def test_an_error_also_ends_a_pause_that_was_to_stay(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StateEncoder, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rig.capture(leave_paused=True)
+    assert rig.guest.pauses == 0
+
+
+def test_more_dirty_pages_than_staging_holds_stay_dirty_over_several_attempts(rig: Rig) -> None:
+    shared = len(lasting(rig.layout)) + 2
+    rig.staging = Staging(shared + 3)
+    first, second = range(DATA, DATA + 6), range(DATA + 3, DATA + 12)
+    for gfn in first:
+        rig.guest.write(gfn, b"first")
+    with pytest.raises(OverflowError, match=rf"^{shared + 6} pages .* {shared + 3}\)"):
+        rig.capture()
+    for gfn in second:
+        rig.guest.write(gfn, b"second")
+    with pytest.raises(OverflowError, match=f"^{shared + 12} pages"):
+        rig.capture()
+    assert rig.guest.pauses == 0
+    rig.staging = Staging(shared + 12)
+    rig.capture()
+    copies = rig.copies()
+    assert set(copies) >= {*first, *second}
+    assert copies[DATA].startswith(b"first")
+    assert copies[DATA + 4].startswith(b"second")
+    rig.capture()
+    assert DATA not in rig.copies()
+
+
+def test_shared_pages_alone_that_do_not_fit(rig: Rig) -> None:
+    rig.guest.write(DATA, b"kept")
+    rig.staging = Staging(2)
+    with pytest.raises(OverflowError, match="staging holds 2"):
+        rig.capture()
+    rig.staging = Staging(64)
+    rig.capture()
+    assert DATA in rig.copies()
+
+
+def test_a_guest_that_is_gone(rig: Rig) -> None:
+    del rig.xen.domains[DOMID]
+    assert not rig.source.alive()
+    with pytest.raises(HypervisorError):
+        rig.capture()
+
+
+# ---- Section: what grows ----
+
+
+def test_a_grant_table_that_grew(rig: Rig) -> None:
+    rig.guest.grant_frames = 3
+    rig.guest.grant(512 * 2 + 7, BUFFER, 1 | GTF_WRITING)
+    state = rig.capture()
+    assert len(state.grants) == 3
+    assert BUFFER in rig.copies()
+    assert list(rig.xen.resources.values()) == [3]
+    rig.slot(RX, 295, 512 * 2 + 9)  # a reference that one frame would not have had
+    rig.capture()
+
+
+def test_a_grant_table_that_cannot_be_mapped_anew_stays_mapped(rig: Rig) -> None:
+    rig.guest.grant_frames = 2
+    rig.xen.failing["xenforeignmemory_map_resource"] = (0, errno.ENOMEM)
+    for _ in range(2):
+        with pytest.raises(HypervisorError, match="grant table of domain 3"):
+            rig.capture()
+        rig.store.changed = True  # has the old table read again
+    assert list(rig.xen.resources.values()) == [1]
+    rig.xen.failing.clear()
+    assert len(rig.capture().grants) == 2
+
+
+def test_rings_granted_by_a_table_that_grew(rig: Rig) -> None:
+    new_tx = 0x320
+    rig.guest.grant_frames = 2
+    rig.guest.grant(600, new_tx)
+    rig.store.set(f"{VIF}/tx-ring-ref", "600")
+    rig.capture()
+    assert new_tx in rig.copies()
+    assert TX not in rig.copies()
+
+
+def test_a_ring_that_could_not_be_found_is_looked_for_again(rig: Rig) -> None:
+    rig.store.set(f"{VIF}/tx-ring-ref", "60000")
+    with pytest.raises(CheckpointError, match="has no valid grant"):
+        rig.capture()
+    with pytest.raises(CheckpointError, match="has no valid grant"):
+        rig.capture()
+    rig.store.set(f"{VIF}/tx-ring-ref", "10")
+    rig.capture()
+    assert BUFFER in rig.copies()
+
+
+def test_a_page_of_fifo_events_that_came_is_copied_with_the_others(rig: Rig) -> None:
+    pages = rig.layout.fifo
+    assert pages is not None
+    new = WORDS // PAGE_SIZE + 1
+    rig.capture()
+    assert new not in rig.copies()
+
+    def grow(*_: object) -> None:
+        rig.guest.write(pages.pages // PAGE_SIZE, b"\x02", pages.pages % PAGE_SIZE)
+
+    rig.xen.before["xc_domain_pause"] = grow
+    refused(rig, "added a page of event channels")
+    rig.xen.before.clear()
+    rig.capture()
+    rig.guest.backend_writes(new, b"\x01\x02\x03")
+    rig.capture()
+    assert rig.copies()[new].startswith(b"\x01\x02\x03")
+
+
+def test_a_guest_that_takes_memory_back_is_refused(rig: Rig) -> None:
+    # Its own old pages are still mapped here, and no longer those of the guest.
+    rig.guest.extra_pages = 1
+    with pytest.raises(UnsupportedGuest, match="has grown from 2050 to 2051 pages"):
+        rig.capture()
+    assert rig.guest.pauses == 0
+
+
+# ---- Section: holes ----
+
+HOLES = (0x340, 0x341, 0x7F0)
+
+
+@pytest.fixture
+def holey(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A guest with holes in its RAM; touching one of them ends the test run."""
+    made = Rig(monkeypatch, holes=HOLES)
+    made.source.track()
+    assert set(range(made.pages)) - set(HOLES) == {
+        gfn for batch in made.source.base_round() for gfn in batch
+    }
+    return made
+
+
+def test_holes_are_never_touched(holey: Rig) -> None:
+    holey.guest.grant(BUFFER_REFERENCE, HOLES[0], 1 | GTF_WRITING)
+    holey.capture()
+    assert not set(HOLES) & set(holey.copies())
+
+
+def test_a_hole_that_was_filled_is_refused_and_nothing_is_lost(holey: Rig) -> None:
+    holey.guest.logged |= {HOLES[1], DATA}
+    with pytest.raises(UnsupportedGuest, match=r"given memory at frame 0x341"):
+        holey.capture()
+    assert holey.guest.pauses == 0
+    holey.guest.logged |= {HOLES[1]}
+    with pytest.raises(UnsupportedGuest, match=r"given memory at frame 0x341"):
+        list(holey.source.base_round())
+
+
+def test_a_hole_that_the_grant_table_grew_into_is_left_out(
+    holey: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = holey.layout.grants
+    object.__setattr__(holey.layout, "grants", type(kept)(HOLES, kept.used, 1))
+    holey.guest.logged |= {HOLES[1], DATA}
+    holey.capture()
+    assert DATA in holey.copies()
+    assert HOLES[1] not in holey.copies()
+
+
+def test_a_ring_in_a_hole_is_refused(holey: Rig) -> None:
+    holey.guest.grant(BUFFER_REFERENCE, HOLES[2])
+    holey.store.set(f"{VIF}/tx-ring-ref", str(BUFFER_REFERENCE))
+    with pytest.raises(UnsupportedGuest, match="shares pages that it does not have"):
+        holey.capture()
+
+
+def test_page_tables_that_lead_into_a_hole_are_an_error(holey: Rig) -> None:
+    fifo = holey.layout.fifo
+    assert fifo is not None
+    table = holey.layout.page_table
+    holey.guest.page(table // PAGE_SIZE)[:] = (HOLES[0] << 12 | 3).to_bytes(8, "little") * 512
+    holey.store.changed = True
+    with pytest.raises(UnsupportedGuest, match="in a hole of guest RAM"):
+        holey.capture()
+
+
+# ---- Section: the first copy ----
+
+
+def test_the_first_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    rig.source.track()
+    batches = list(rig.source.base_round())
+    assert [len(batch) for batch in batches] == [1024, 1024]
+    rig.guest.write(DATA, b"live")
+    rig.guest.write(5, b"live")
+    batches = list(rig.source.base_round())
+    assert [list(batch) for batch in batches] == [[5, DATA]]
+    rig.source.copy_live(batches[0], rig.staging)
+    assert all(copy.startswith(b"live") for copy in rig.copies().values())
+    assert list(rig.source.base_round()) == []
+    assert "xc_domain_pause" not in rig.xen.calls
+
+
+# ---- Section: life cycle ----
+
+
+def nothing_left(rig: Rig) -> bool:
+    """Whether every mapping, buffer and connection was given back, and the log is off."""
+    left = (rig.xen.mapped, rig.xen.resources, rig.xen.buffers, rig.store.open)
+    return not any(left) and not rig.guest.logging
+
+
+def test_untracking_gives_everything_back(rig: Rig) -> None:
+    before = rig.source.tracking
+    rig.source.pause()
+    rig.source.untrack()
+    assert (before, rig.source.tracking) == (True, False)
+    assert nothing_left(rig)
+    assert rig.guest.pauses == 0
+    rig.source.untrack()
+
+
+def test_untracking_a_fresh_source_ends_what_a_killed_daemon_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(monkeypatch)
+    rig.guest.logging, rig.guest.pauses = True, 1
+    rig.source.untrack()
+    assert nothing_left(rig)
+    assert rig.guest.pauses == 0
+
+
+def test_a_log_that_cannot_be_ended_does_not_keep_the_guest_paused(rig: Rig) -> None:
+    rig.source.pause()
+    rig.xen.failing["xc_logdirty_control"] = (0, errno.EBUSY)
+    with pytest.raises(HypervisorError, match="switch off"):
+        rig.source.untrack()
+    assert rig.guest.pauses == 0
+    assert not any((rig.xen.mapped, rig.xen.resources, rig.xen.buffers, rig.store.open))
+
+
+TRACK_CALLS = (
+    "xc__hypercall_buffer_alloc_pages",
+    "xencall_alloc_buffer_pages",
+    "xencall2",
+    "xenforeignmemory_map2",
+    "xenforeignmemory_map_resource",
+    "xc_hvm_param_get",
+    "xc_domain_getinfolist",
+    "xc_logdirty_control",
+)
+
+
+@pytest.mark.parametrize("step", TRACK_CALLS)
+def test_tracking_that_fails_gives_everything_back(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    rig = Rig(monkeypatch)
+    rig.xen.failing[step] = (0, errno.EPERM)
+    with pytest.raises(HypervisorError):
+        rig.source.track()
+    assert nothing_left(rig)
+    rig.xen.failing.clear()
+    rig.source.untrack()
+    rig.source.track()
+    rig.capture()
+
+
+def test_a_guest_that_another_host_runs_stays_paused(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.capture(leave_paused=True)
+
+    def broken(_domid: int) -> None:
+        raise CheckpointError("xl destroy did not end within 120 s")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toolstack, "destroy", broken)
+        with pytest.raises(CheckpointError, match="did not end"):
+            rig.source.destroy()
+    rig.source.unpause()
+    rig.source.untrack()
+    assert rig.guest.pauses == 1
+    assert nothing_left(rig)
+    rig.source.destroy()
+    rig.source.destroy()
+    assert rig.destroyed == [DOMID]
+    assert rig.guest.pauses == 1
+
+
+def test_a_running_guest_is_destroyed_without_being_let_go(rig: Rig) -> None:
+    rig.source.pause()
+    rig.source.destroy()
+    assert "xc_domain_unpause" not in rig.xen.calls
+    assert rig.destroyed == [DOMID]
+
+
+def test_pauses_do_not_nest(rig: Rig) -> None:
+    rig.source.pause()
+    rig.source.pause()
+    assert rig.guest.pauses == 1
+    rig.capture()
+    assert rig.guest.pauses == 0
+
+
+def test_alive(rig: Rig) -> None:
+    assert rig.source.alive()
+    rig.guest.flags |= 4
+    assert not rig.source.alive()
+    rig.guest.flags = 0x102 | 1
+    assert not rig.source.alive()
