@@ -203,8 +203,10 @@ class MemorySource:
         self._hypervisor.destroy_domain(self.description.name)
 
     def untrack(self) -> None:
-        """End dirty tracking."""
+        """End dirty tracking; the guest goes on."""
         self._tracking = False
+        if self._guest.alive:
+            self.unpause()
 
 
 class MemoryShell:
@@ -282,6 +284,7 @@ class MemoryHypervisor:
 
     def open_source(self, domain: str) -> MemorySource:
         """The running guest of that name or number."""
+        self.reached("open_source")
         for name, guest in self.guests.items():
             if domain in (name, str(guest.description.domid)):
                 return MemorySource(self, guest)

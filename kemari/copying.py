@@ -13,6 +13,7 @@ from typing import Any, Final
 from checkpoint.codec import Coded, Encoder
 from checkpoint.driver import Source, Staging
 from checkpoint.sender import Sender
+from kemari.host import in_thread
 
 #: Rounds after the first one, at most: a busy guest's last pages go with the first checkpoint.
 MAX_ROUNDS: Final = 6
@@ -69,14 +70,12 @@ async def base_copy(
         progress.done = 0
         progress.total = source.description.pages if progress.round == 1 else 0
         chunks = _chunks(source)
-        coming = asyncio.create_task(
-            asyncio.to_thread(_code_next, source, encoder, chunks, staging)
-        )
+        coming = asyncio.create_task(in_thread(_code_next, source, encoder, chunks, staging))
         try:
             while (chunk := await coming) is not None:
                 pages, batches = chunk
                 coming = asyncio.create_task(
-                    asyncio.to_thread(_code_next, source, encoder, chunks, staging)
+                    in_thread(_code_next, source, encoder, chunks, staging)
                 )
                 progress.wire_bytes += await sender.send_base(batches)
                 progress.done += pages

@@ -92,7 +92,7 @@ class Ending:
             role=Role.MOVED, generation=generation, reason=f"{standby} runs it", came_from=""
         )
         await self.attempt("pause", source.pause)
-        await self.attempt("end tracking", source.untrack)
+        # Not untrack: it lets the guest run on.
         await self.attempt("destroy the stale copy", source.destroy)
         await self.attempt("drop held output", output.teardown, drop=True)
         self.note(

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from checkpoint.driver import Hypervisor
 from checkpoint.errors import CheckpointError
@@ -25,6 +25,8 @@ from kemari.output import Network
 
 #: As :func:`checkpoint.network.connect`.
 Dial = Callable[[str, int, Hello, LinkOptions], Awaitable[Link]]
+
+ResultT = TypeVar("ResultT")
 
 WILDCARDS = frozenset({"0.0.0.0", "::"})
 
@@ -161,3 +163,16 @@ def tls_contexts(tls: Tls | None) -> tuple[ssl.SSLContext | None, ssl.SSLContext
 def host_is_alive(error: CheckpointError) -> bool:
     """Whether this failure of a connection could only come from a living kernel over there."""
     return isinstance(error, PeerClosed)
+
+
+async def in_thread(call: Callable[..., ResultT], *arguments: Any) -> ResultT:
+    """Run a blocking call in a thread; a cancellation is only heard once the call has returned.
+
+    So nobody uses an object while a call that was given up still works on it.
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise

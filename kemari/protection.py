@@ -27,7 +27,7 @@ from kemari.cycle import Cycle
 from kemari.endings import PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
-from kemari.host import Host
+from kemari.host import Host, in_thread
 from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Verdict, Watch
 from kemari.output import Output
@@ -110,8 +110,7 @@ class Protection:
         """
         self._establishing = asyncio.current_task()
         try:
-            source = await asyncio.to_thread(self._host.hypervisor.open_source, self.domain)
-            self._source = source
+            source = await in_thread(self._open_source)
             sender = await self._prepare(source)
             encoder = Encoder(source.description.pages, compression=self.options.compression)
             await self._copy(source, encoder, sender, report)
@@ -211,6 +210,10 @@ class Protection:
 
     # ---- Section: coming about ----
 
+    def _open_source(self) -> Source:
+        self._source = self._host.hypervisor.open_source(self.domain)
+        return self._source
+
     async def _prepare(self, source: Source) -> Sender:
         """Connect, agree on a generation, have the shell built."""
         host = self._host
@@ -260,7 +263,7 @@ class Protection:
         report: Callable[[Progress], None],
     ) -> None:
         self.why = "first copy under way"
-        await asyncio.to_thread(source.track)
+        await in_thread(source.track)
         await base_copy(source, encoder, sender, self.progress, lambda: report(self.progress))
         self.statistics.base_bytes = self.progress.wire_bytes
 
@@ -281,10 +284,10 @@ class Protection:
             options=options,
             reason="protection started",
         )
-        await asyncio.to_thread(self._host.ledger.put, record)
+        await in_thread(self._host.ledger.put, record)
         output = self._host.network.output(source.nics, self._host.config.buffer_limit)
         self._output = output
-        await asyncio.to_thread(output.setup)
+        await in_thread(output.setup)
         interval = self.options.interval_ms / 1000
         self._cycle = Cycle(self, source, output, encoder, sender, interval)
         self._cycle.listen()

@@ -107,12 +107,13 @@ class Recovery:
             if promised
             else f"{record.peer} gives no answer and on_standby_loss is release"
         )
-        if here:
-            await self._let_run()
         await self._reclaim(release=True)
         what = "runs on here UNPROTECTED" if here else "runs on neither host"
         self._note("unprotected", f"{record.guest} {what} ({why})")
-        return await self._put(Role.OWNER, record.generation, why)
+        resolved = await self._put(Role.OWNER, record.generation, why)
+        if here:
+            await self._let_run()
+        return resolved
 
     async def _let_run(self) -> None:
         """A daemon that was killed in the middle of a capture has left the guest paused."""

@@ -102,8 +102,13 @@ class Requests:
 
     async def _check(self, arguments: Arguments, progress: Progress) -> Any:
         domain = arguments.text("domain")
+        name = await self._daemon.name_of(domain)
+        known = self._daemon.protections.get(name)
+        if known is not None and not known.machine.over:
+            # Its memory and dirty log are in use; that it is protected says enough.
+            return {"guest": name, "state": known.state}
+        # Not tracked, so there is nothing to undo; untrack would let a paused guest run.
         source = await asyncio.to_thread(self._daemon.host.hypervisor.open_source, domain)
-        await asyncio.to_thread(source.untrack)
         return {"guest": source.description.name, "pages": source.description.pages}
 
     async def _start(self, arguments: Arguments, progress: Progress) -> Any:

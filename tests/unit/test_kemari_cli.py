@@ -114,6 +114,14 @@ def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
             "text": "Domain none does not exist",
         }
         assert json.loads(kemari(pair, "a", "doctor", "web", "--json").output)[-1]["ok"] is True
+        pair.protect()
+        pair.a.hypervisor.reached = _refuse_to_be_opened
+        assert json.loads(kemari(pair, "a", "doctor", "web", "--json").output)[-1]["ok"] is True
+        pair.talk(3)
+
+
+def _refuse_to_be_opened(point: str) -> None:
+    assert point != "open_source", "a protected guest was opened a second time"
 
 
 def test_completion_of_guests(tmp_path: Path) -> None:

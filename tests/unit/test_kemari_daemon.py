@@ -569,12 +569,13 @@ def test_standby_lost_during_the_first_copy(tmp_path: Path) -> None:
         await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
 
 
-def test_stop_during_the_first_copy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["track", "copy_live"])
+def test_stop_during_the_first_copy(tmp_path: Path, where: str) -> None:
     with Pair(tmp_path) as pair:
         reached, go = threading.Event(), threading.Event()
 
         def wait(point: str) -> None:
-            if point == "copy_live":
+            if point == where:
                 reached.set()
                 go.wait(60)
 
