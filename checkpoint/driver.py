@@ -163,10 +163,16 @@ class Shell(Protocol):
     nics: list[Nic]
 
     def revive(self, state: bytes, elapsed_ns: int) -> None:
-        """Run the guest from ``memory`` and ``state``, under its own name.
+        """Run the guest from ``memory`` and ``state``.
 
         :param elapsed_ns: time since the capture of that state: the guest's clocks go on by it
         :raise ReviveError: it cannot run; the shell still exists, paused
+        """
+
+    def settle(self) -> None:
+        """Once the guest runs: give it its own name.
+
+        :raise CheckpointError: it keeps the shell's name, and runs
         """
 
     def destroy(self) -> None:

@@ -232,6 +232,9 @@ class MemoryShell:
         self._hypervisor.guests[name] = self._guest
         self._hypervisor.reached("revived")
 
+    def settle(self) -> None:
+        """Nothing: the guest has its own name already."""
+
     def destroy(self) -> None:
         """Remove the shell."""
         name = self._guest.description.name

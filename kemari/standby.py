@@ -386,7 +386,9 @@ class StandbySession:
         revived = time.monotonic() - started
         actions = self.machine.revived()
         host.spawn(self._announce(shell), f"{self.guest}: announce")
+        # First of all: a daemon that is killed before this takes the guest for a shell.
         await _attempt(self, "record the takeover", self._claim(Role.OWNER))
+        await _attempt(self, "name the guest", asyncio.to_thread(shell.settle))
         self.note(
             "takeover",
             f"{host.config.host} runs {self.guest} from epoch {committed.epoch} since generation "

@@ -22,6 +22,7 @@ from checkpoint.xen.control import (
 from checkpoint.xen.dirty import DirtyLog
 from checkpoint.xen.libs import libraries
 from checkpoint.xen.mapping import Mapping
+from checkpoint.xen.revive import revived_node
 from checkpoint.xen.source import XenSource
 from checkpoint.xen.store import Store
 
@@ -48,10 +49,7 @@ class XenHost:
     def domains(self) -> list[tuple[int, str]]:
         store = Store()
         try:
-            return [
-                (domid, store.read(f"/local/domain/{domid}/name") or "")
-                for domid in control.list_domids()
-            ]
+            return [(domid, _name(store, domid)) for domid in control.list_domids()]
         finally:
             store.close()
 
@@ -174,6 +172,14 @@ class XenHost:
             "layout": layout.to_json(),
         }
         return detail, layout, named
+
+
+def _name(store: Store, domid: int) -> str:
+    """A domain's name; a shell that was revived counts as the guest, renamed already or not."""
+    name = store.read(f"/local/domain/{domid}/name") or ""
+    if name.endswith(shell.SUFFIX) and store.read(revived_node(domid)) is not None:
+        return name.removesuffix(shell.SUFFIX)
+    return name
 
 
 def _check_type(domain: str, config: dict[str, Any], info: control.DomainInfo) -> None:

@@ -118,6 +118,7 @@ def revive(
     _advance_tsc(context, elapsed() * description.detail["tsc"][1] // 10**6)
     domain.set_context(context.to_bytes())
     _attach_backends(domain.domid, state.store)
+    _mark_revived(domain.domid)
     domain.unpause()
     log.info("guest %s runs after %d ms", description.name, (time.monotonic_ns() - begun) // 10**6)
 
@@ -308,6 +309,19 @@ def _shift(
     log.info(
         "the guest's clock moves from %d to %d ms of system time", continued // 10**6, here // 10**6
     )
+
+
+def revived_node(domid: int) -> str:
+    """The xenstore node that tells a living guest from a shell; only Dom0 can write it."""
+    return f"/local/domain/{domid}/kemari"
+
+
+def _mark_revived(domid: int) -> None:
+    store = Store()
+    try:
+        store.write(revived_node(domid), "revived")
+    finally:
+        store.close()
 
 
 def _attach_backends(domid: int, tree: dict[str, str]) -> None:

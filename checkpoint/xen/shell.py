@@ -54,6 +54,8 @@ class XenShell:
             self.memory,
             elapsed_ns,
         )
+
+    def settle(self) -> None:
         self._ram.close()
         toolstack.rename(self._domain.domid, self._description.name)
 

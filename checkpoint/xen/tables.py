@@ -7,6 +7,7 @@ matters because the guest is paused meanwhile.
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from checkpoint.driver import PAGE_SIZE
@@ -19,6 +20,7 @@ _EVTCHNOP_STATUS, _GNTTABOP_QUERY_SIZE = 5, 6
 
 #: struct multicall_entry (xen.h): op, result, six arguments
 _ENTRY = struct.Struct("<Qq6Q")
+_RESULT = "8xq48x"
 #: struct evtchn_status: dom, port, status, vcpu, union; the union's first words are, by status:
 #: unbound {u16 dom}, interdomain {u16 dom, u32 port}, virq {u32 virq}
 _STATUS = struct.Struct("<HxxIIIHxxI")
@@ -26,7 +28,9 @@ _VIRQ_WORD = struct.Struct("<I")
 #: struct gnttab_query_size: dom, nr_frames, max_nr_frames, status
 _QUERY = struct.Struct("<HxxIIhxx")
 
-_MOST_PORTS = 4096
+#: Xen makes event channels by the page, 64 or more of them (EVTCHNS_PER_BUCKET, xen/sched.h); the
+#: port after the last one is asked for as well, to see that it is the last
+_PORTS, _MOST_PORTS = 64 + 1, 4096 + 1
 _VIRQ, _CLOSED = 4, 0
 
 
@@ -38,7 +42,7 @@ class Tables:
         self._domid = domid
         self._answer = b""
         self._parsed: tuple[list[EventChannel], int] = ([], 0)
-        self._allocate(32)
+        self._allocate(_PORTS)
 
     def _allocate(self, ports: int) -> None:
         self._ports = ports
@@ -50,6 +54,7 @@ class Tables:
         self._view = memoryview(ffi.buffer(self._memory, self._pages * PAGE_SIZE)).cast("B")
         self._base = int(ffi.cast("uintptr_t", self._memory))
         self._entries = bytearray((ports + 1) * _ENTRY.size)
+        self._results = struct.Struct("<" + (ports + 1) * _RESULT)
         self._status_at = len(self._entries)
         self._query_at = self._status_at + ports * _STATUS.size
         self._requests = bytearray(ports * _STATUS.size + _QUERY.size)
@@ -70,21 +75,22 @@ class Tables:
     def read(self) -> tuple[list[EventChannel], int]:
         """(bound ports in ascending order, number of grant-table frames).
 
-        Xen gives out the lowest free port first, so a free port after the last bound one ends the
-        table.
+        A port that Xen has not made yet is refused with EINVAL, one that is closed is not: the
+        guest may have closed some below the last one.
 
-        :raise HypervisorError: when Xen refuses
+        :raise HypervisorError: when Xen refuses, also for a port that Xen itself listens to
         """
         while True:
-            events, frames = self._read_once()
-            if not events or events[-1].port < self._ports - 1:
+            events, frames, whole = self._read_once()
+            if whole:
                 return events, frames
             if self._ports >= _MOST_PORTS:
-                raise HypervisorError("EVTCHNOP_status", 7, f"more than {_MOST_PORTS} ports")
+                raise HypervisorError("EVTCHNOP_status", errno.E2BIG, "event channels")
             self.close()
-            self._allocate(self._ports * 2)
+            self._allocate(2 * self._ports - 1)
 
-    def _read_once(self) -> tuple[list[EventChannel], int]:
+    def _read_once(self) -> tuple[list[EventChannel], int, bool]:
+        # The last: whether that was the whole table.
         view, status_at = self._view, self._status_at
         view[:status_at] = self._entries
         view[status_at : status_at + len(self._requests)] = self._requests
@@ -93,9 +99,14 @@ class Tables:
         )
         if result < 0:
             raise HypervisorError("multicall", ffi.errno, "event channels")
+        *ports, query = self._results.unpack_from(view)
+        for number in {*ports, query}:
+            if number not in (0, -errno.EINVAL):
+                raise HypervisorError("EVTCHNOP_status", -number, f"domain {self._domid}")
+        whole = ports[-1] == -errno.EINVAL
         raw = bytes(view[status_at : self._query_at + _QUERY.size])
         if raw == self._answer:
-            return self._parsed
+            return *self._parsed, whole
         events: list[EventChannel] = []
         for port in range(self._ports):
             at = port * _STATUS.size
@@ -108,7 +119,7 @@ class Tables:
         if error:
             raise HypervisorError("GNTTABOP_query_size", 1, f"status {error}")
         self._answer, self._parsed = raw, (events, frames)
-        return self._parsed
+        return events, frames, whole
 
     def close(self) -> None:
         """Free the hypercall buffer (idempotent)."""
