@@ -100,9 +100,10 @@ class Tables:
         if result < 0:
             raise HypervisorError("multicall", ffi.errno, "event channels")
         *ports, query = self._results.unpack_from(view)
-        for number in {*ports, query}:
-            if number not in (0, -errno.EINVAL):
-                raise HypervisorError("EVTCHNOP_status", -number, f"domain {self._domid}")
+        if query:
+            raise HypervisorError("GNTTABOP_query_size", -query, f"domain {self._domid}")
+        for number in set(ports).difference((0, -errno.EINVAL)):
+            raise HypervisorError("EVTCHNOP_status", -number, f"domain {self._domid}")
         whole = ports[-1] == -errno.EINVAL
         raw = bytes(view[status_at : self._query_at + _QUERY.size])
         if raw == self._answer:

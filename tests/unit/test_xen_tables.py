@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Event channels, dirty log, mappings and the calls on one domain, against the fake libraries."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import Any
+
+import pytest
+
+from checkpoint.driver import PAGE_SIZE
+from checkpoint.errors import HypervisorError, UnsupportedGuest
+from checkpoint.guest.memory import GuestMemoryError
+from checkpoint.xen import control
+from checkpoint.xen.control import Domain
+from checkpoint.xen.dirty import DirtyLog, switch_off
+from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
+from checkpoint.xen.state import EventChannel
+from checkpoint.xen.tables import Tables
+from tests.unit.xen_fakes import FakeXen, save_file
+
+DOMID = 5
+
+
+@pytest.fixture
+def xen() -> Any:
+    """A host with one guest of 600 pages, of which frames 2 and 3 are holes."""
+    made = FakeXen()
+    made.add(DOMID, 600, special=(0xFEFFC,), holes=(2, 3))
+    return made
+
+
+# ---- Section: tables ----
+
+
+def test_what_xen_tells_of_each_kind_of_port(xen: Any) -> None:
+    xen.domains[DOMID].ports = {
+        1: (2, 0, 0x7FF1, 77),
+        2: (1, 1, 9, 0xFFFF),
+        3: (4, 1, 13, 0),
+        5: (5, 1, 0, 0),
+    }
+    xen.domains[DOMID].grant_frames = 4
+    tables = Tables(DOMID, xen)
+    assert tables.read() == (
+        [
+            EventChannel(1, 2, 0, 0x7FF1),
+            EventChannel(2, 1, 1, 9),
+            EventChannel(3, 4, 1, 13),
+            EventChannel(5, 5, 1, 0),
+        ],
+        4,
+    )
+    tables.close()
+    tables.close()
+    assert not xen.buffers
+
+
+@pytest.mark.parametrize("bound", [1, 31, 32, 63, 64, 65, 130, 1000])
+def test_a_table_with_closed_ports_in_it_is_read_to_its_end(xen: Any, bound: int) -> None:
+    guest = xen.domains[DOMID]
+    closed = {31, 63, 64, 128} - {bound}
+    guest.ports = {port: (5, 0, 0, 0) for port in range(1, bound + 1) if port not in closed}
+    tables = Tables(DOMID, xen)
+    for _ in range(2):
+        events, frames = tables.read()
+        assert [event.port for event in events] == sorted(guest.ports)
+        assert frames == 1
+    tables.close()
+    assert not xen.buffers
+
+
+def test_each_read_is_one_multicall(xen: Any) -> None:
+    xen.domains[DOMID].ports = dict.fromkeys(range(1, 40), (5, 0, 0, 0))
+    tables = Tables(DOMID, xen)
+    tables.read()
+    assert xen.calls.count("xencall2") == 1
+    tables.close()
+
+
+def test_a_port_that_changed_is_seen_and_an_unchanged_table_is_the_same_object(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    guest.ports = {1: (1, 0, 0, 0)}
+    tables = Tables(DOMID, xen)
+    first, _ = tables.read()
+    assert tables.read()[0] is first
+    guest.ports[1] = (1, 1, 0, 0)
+    assert tables.read()[0] == [EventChannel(1, 1, 1, 0)]
+    guest.grant_frames = 9
+    assert tables.read()[1] == 9
+    tables.close()
+
+
+def test_more_ports_than_can_be_moved(xen: Any) -> None:
+    xen.domains[DOMID].ports = {5000: (5, 0, 0, 0)}
+    tables = Tables(DOMID, xen)
+    with pytest.raises(HypervisorError, match="EVTCHNOP_status") as caught:
+        tables.read()
+    assert caught.value.errno == errno.E2BIG
+    tables.close()
+
+
+def test_a_port_that_xen_itself_listens_to_is_not_taken_for_a_closed_one(xen: Any) -> None:
+    xen.domains[DOMID].ports = {1: (5, 0, 0, 0), 2: (-1, 0, 0, 0)}
+    tables = Tables(DOMID, xen)
+    with pytest.raises(HypervisorError) as caught:
+        tables.read()
+    assert (caught.value.call, caught.value.errno) == ("EVTCHNOP_status", errno.EACCES)
+    tables.close()
+
+
+def test_a_domain_that_vanished_has_no_tables(xen: Any) -> None:
+    tables = Tables(DOMID, xen)
+    del xen.domains[DOMID]
+    with pytest.raises(HypervisorError):
+        tables.read()
+    xen.failing["xencall2"] = (0, errno.EFAULT)
+    with pytest.raises(HypervisorError) as caught:
+        tables.read()
+    assert (caught.value.call, caught.value.errno) == ("multicall", errno.EFAULT)
+    tables.close()
+
+
+def test_no_room_for_the_tables(xen: Any) -> None:
+    xen.failing["xencall_alloc_buffer_pages"] = (0, errno.ENOMEM)
+    with pytest.raises(HypervisorError, match="xencall_alloc_buffer_pages"):
+        Tables(DOMID, xen)
+
+
+# ---- Section: the dirty log ----
+
+
+def test_the_log_is_moved_into_the_bitmap_and_cleaned(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    log = DirtyLog(DOMID, 600, xen)
+    log.enable()
+    guest.write(0, b"x")
+    guest.write(599, b"x")
+    log.read_and_clean()
+    assert len(log.bitmap) == 80  # whole 64-bit words
+    assert [gfn for gfn in range(640) if log.bitmap[gfn // 8] >> gfn % 8 & 1] == [0, 599]
+    log.read_and_clean()
+    assert not any(log.bitmap)
+    log.close()
+    log.close()
+    assert not guest.logging
+    assert not xen.buffers
+
+
+@pytest.mark.parametrize("pages", [1, 64, 65, 32768, 32769])
+def test_the_bitmap_fits_its_hypercall_buffer(xen: Any, pages: int) -> None:
+    log = DirtyLog(DOMID, pages, xen)
+    (buffer,) = xen.buffers.values()
+    assert len(buffer) % PAGE_SIZE == 0
+    assert pages / 8 <= len(log.bitmap) <= len(buffer)
+    log.close()
+
+
+def test_a_log_that_a_killed_daemon_left_on_begins_anew(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    guest.logging = True
+    guest.write(7, b"before")
+    log = DirtyLog(DOMID, 600, xen)
+    log.enable()
+    log.read_and_clean()
+    assert not any(log.bitmap)
+    log.close()
+
+
+def test_a_guest_without_a_dirty_log(xen: Any) -> None:
+    log = DirtyLog(DOMID, 600, xen)
+    xen.failing["xc_logdirty_control"] = (0, errno.EOPNOTSUPP)
+    with pytest.raises(UnsupportedGuest, match="hardware-assisted paging"):
+        log.enable()
+    calls = len(xen.calls)
+    log.close()  # was never on: nothing to switch off
+    assert "xc_logdirty_control" not in xen.calls[calls:]
+    assert not xen.buffers
+
+
+def test_other_refusals_keep_their_reason(xen: Any) -> None:
+    log = DirtyLog(DOMID, 600, xen)
+    xen.failing["xc_logdirty_control"] = (0, errno.ENOMEM)
+    for action in (log.enable, log.read_and_clean):
+        with pytest.raises(HypervisorError) as caught:
+            action()
+        assert caught.value.errno == errno.ENOMEM
+    log.close()
+
+
+def test_a_log_that_covers_fewer_frames_than_asked_for_is_an_error(
+    xen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = DirtyLog(DOMID, 600, xen)
+    monkeypatch.setattr(FakeXen, "_xc_logdirty_control", lambda *_: 599)
+    with pytest.raises(HypervisorError, match="read and clean"):
+        log.read_and_clean()
+    monkeypatch.undo()
+    log.close()
+
+
+def test_switching_off_what_is_off_or_gone(xen: Any) -> None:
+    switch_off(DOMID, xen)
+    switch_off(99, xen)
+    xen.failing["xc_logdirty_control"] = (0, errno.EPERM)
+    with pytest.raises(HypervisorError, match="switch off"):
+        switch_off(DOMID, xen)
+
+
+# ---- Section: mappings ----
+
+
+def test_a_mapping_shows_the_guests_memory_frame_by_frame(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    frames = [0xFEFFC, 599, 0]
+    for gfn in frames:
+        guest.write(gfn, f"frame {gfn}".encode())
+    mapping = Mapping(DOMID, frames, libs=xen)
+    for index, gfn in enumerate(frames):
+        assert bytes(mapping.page(index)).startswith(f"frame {gfn}".encode())
+    guest.write(599, b"later")
+    assert bytes(mapping.page(1)[:5]) == b"later"
+    assert mapping.view.readonly
+    mapping.close()
+    mapping.close()
+    assert not xen.mapped
+
+
+def test_a_writable_mapping_writes_the_guests_memory(xen: Any) -> None:
+    mapping = Mapping(DOMID, [10], writable=True, libs=xen)
+    mapping.view[100:103] = b"xyz"
+    assert bytes(xen.domains[DOMID].page(10)[100:103]) == b"xyz"
+    mapping.close()
+
+
+def test_large_mappings_are_made_in_pieces_that_lie_side_by_side(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    guest.write(511, b"first piece")
+    guest.write(512, b"second piece")
+    mapping = Mapping(DOMID, range(600), allow_holes=True, libs=xen)
+    assert xen.calls.count("xenforeignmemory_map2") == 2
+    assert mapping.holes == [2, 3]
+    assert bytes(mapping.page(511)[:5]) == b"first"
+    assert bytes(mapping.page(512)[:6]) == b"second"
+    mapping.close()
+    assert not xen.mapped
+
+
+def test_a_hole_is_an_error_where_none_is_expected(xen: Any) -> None:
+    with pytest.raises(HypervisorError, match=r"guest frame 0x2\)") as caught:
+        Mapping(DOMID, range(600), libs=xen)
+    assert caught.value.errno == errno.EINVAL
+    assert not xen.mapped
+
+
+@pytest.mark.parametrize("works", [0, 1])
+def test_a_mapping_that_xen_refuses_leaves_nothing(xen: Any, works: int) -> None:
+    xen.failing["xenforeignmemory_map2"] = (works, errno.ENOMEM)
+    with pytest.raises(HypervisorError, match="600 frames of domain 5") as caught:
+        Mapping(DOMID, range(600), allow_holes=True, libs=xen)
+    assert caught.value.errno == errno.ENOMEM
+    assert not xen.mapped
+
+
+def test_present_ram_reads_all_but_holes(xen: Any) -> None:
+    xen.domains[DOMID].write(1, b"edge", PAGE_SIZE - 4)
+    xen.domains[DOMID].write(4, b"behind")
+    mapping = Mapping(DOMID, range(600), writable=True, allow_holes=True, libs=xen)
+    ram = PresentRam(mapping)
+    assert ram.read(2 * PAGE_SIZE - 4, 4) == b"edge"
+    assert ram.read(4 * PAGE_SIZE, 6) == b"behind"
+    assert ram.read(2 * PAGE_SIZE, 0) == b""
+    ram.write(4 * PAGE_SIZE, b"BE")
+    assert ram.read(4 * PAGE_SIZE, 3) == b"BEh"
+    for pa, length in ((2 * PAGE_SIZE - 4, 5), (4 * PAGE_SIZE - 1, 2), (0, 600 * PAGE_SIZE)):
+        with pytest.raises(GuestMemoryError, match="hole"):
+            ram.read(pa, length)
+        with pytest.raises(GuestMemoryError, match="hole"):
+            ram.write(pa, bytes(length))
+    for pa, length in ((-1, 1), (600 * PAGE_SIZE, 1), (4 * PAGE_SIZE, 1 << 60)):
+        with pytest.raises(GuestMemoryError, match="outside"):
+            ram.read(pa, length)
+    mapping.close()
+
+
+def test_the_grant_table_is_mapped_as_a_resource(xen: Any) -> None:
+    xen.domains[DOMID].grant(513, 0x1234, 0x11)
+    frames = GrantFrames(DOMID, 2, libs=xen)
+    assert struct.unpack_from("<HHI", frames.view, 513 * 8) == (0x11, 0, 0x1234)
+    assert frames.view.readonly
+    frames.close()
+    frames.close()
+    assert not xen.resources
+    xen.failing["xenforeignmemory_map_resource"] = (0, errno.EPERM)
+    with pytest.raises(HypervisorError, match="grant table of domain 5"):
+        GrantFrames(DOMID, 2, libs=xen)
+
+
+# ---- Section: one domain ----
+
+
+def test_information_on_a_domain(xen: Any) -> None:
+    info = Domain(DOMID, xen).info()
+    assert info is not None
+    assert (info.domid, info.pages, info.vcpus, info.shared_info_gfn) == (DOMID, 599, 2, 0xABC)
+    assert (info.hvm, info.hap, info.paused, info.dying, info.shutdown) == (
+        True, True, False, False, False,
+    )  # fmt: skip
+    Domain(DOMID, xen).pause()
+    paused = Domain(DOMID, xen).info()
+    assert paused is not None
+    assert paused.paused
+
+
+def test_xen_answers_for_the_next_domain_when_there_is_none_of_that_number(xen: Any) -> None:
+    assert Domain(DOMID - 1, xen).info() is None
+    assert Domain(DOMID + 1, xen).info() is None
+    xen.failing["xc_domain_getinfolist"] = (0, errno.EPERM)
+    with pytest.raises(HypervisorError):
+        Domain(DOMID, xen).info()
+
+
+def test_context_goes_in_and_out(xen: Any) -> None:
+    domain = Domain(DOMID, xen)
+    xen.domains[DOMID].context = save_file((0, 1))
+    assert domain.get_context() == save_file((0, 1))
+    xen.domains[DOMID].context = save_file((0,))  # a vCPU went down: fewer records
+    assert domain.get_context() == save_file((0,))
+    assert xen.calls.count("xc_domain_hvm_getcontext") == 3
+    domain.set_context(save_file((1,)))
+    assert xen.domains[DOMID].context == save_file((1,))
+
+
+def test_parameters_clock_and_policy(xen: Any) -> None:
+    domain = Domain(DOMID, xen)
+    domain.set_param(17, 1 << 60)
+    assert domain.get_param(17) == 1 << 60
+    tsc = domain.tsc_info()
+    assert (tsc.mode, tsc.nsec, tsc.khz, tsc.incarnation) == (2, 123, 2_000_000, 1)
+    cpuid, msrs = domain.cpu_policy()
+    assert struct.unpack("<12I", cpuid) == (7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9)
+    assert struct.unpack("<IIQ", msrs) == (0xCE, 0, 1 << 40)
+    assert not xen.buffers
+    assert domain.max_gfn() == 0xFEFFC
+
+
+@pytest.mark.parametrize("step", ["xc_cpu_policy_get_domain", "xc_cpu_policy_serialise"])
+def test_a_policy_that_cannot_be_read_is_given_back(xen: Any, step: str) -> None:
+    xen.failing[step] = (0, errno.ENOBUFS)
+    with pytest.raises(HypervisorError, match=step):
+        Domain(DOMID, xen).cpu_policy()
+    assert not xen.buffers
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda domain: domain.pause(),
+        lambda domain: domain.unpause(),
+        lambda domain: domain.max_gfn(),
+        lambda domain: domain.get_context(),
+        lambda domain: domain.set_context(b"1234"),
+        lambda domain: domain.get_param(1),
+        lambda domain: domain.set_param(1, 2),
+        lambda domain: domain.add_to_physmap(0, 0, 5),
+        lambda domain: domain.tsc_info(),
+        lambda domain: domain.cpu_policy(),
+    ],
+)
+def test_each_refusal_names_its_call(xen: Any, call: Any) -> None:
+    domain = Domain(DOMID, xen)
+    names = [name for name in dir(FakeXen) if name.startswith("_xc_")]
+    xen.failing = {name[1:]: (0, errno.EBUSY) for name in names}
+    with pytest.raises(HypervisorError, match=r"^xc_\w+.* failed: ") as caught:
+        call(domain)
+    assert caught.value.errno == errno.EBUSY
+    assert caught.value.call == xen.calls[-1]
+
+
+def test_the_host(xen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "libraries", lambda: xen)
+    xen.add(9, 10)
+    xen.add(2, 10).flags |= 1
+    assert control.list_domids() == [DOMID, 9]  # number 2 is dying
+    assert control.host_khz() == 2_000_000
+    assert control.free_pages() == xen.free_pages + 30 - 10
