@@ -216,6 +216,16 @@ def test_an_answer_in_flight_at_the_cut_is_not_the_failover() -> None:
     assert judge(history, [CUT]).failover_s == pytest.approx(RESUME - CUT.at, abs=0.05)
 
 
+def test_a_longer_silence_after_answers_had_come_again_is_not_the_failover() -> None:
+    history = make()
+    for place, answer in enumerate(history.answers):
+        if 14.0 < answer.received < 18.0:
+            change(history, place, received=18.0)
+    assert judge(history, [CUT]).failover_s == pytest.approx(8.0, abs=0.05)
+    settled = dataclasses.replace(CUT, settled=13.0)
+    assert judge(history, [settled]).failover_s == pytest.approx(RESUME - CUT.at, abs=0.05)
+
+
 def test_without_an_answer_after_the_cut_there_is_no_failover() -> None:
     history = make()
     late = [a for a in history.answers if a.received >= CUT.at]

@@ -129,6 +129,31 @@ class Talk:
             timeout=timeout,
         )
 
+    def wait_resumed(self, after: float, *, since: int, timeout: float = 180) -> list[float]:
+        """Wait until answers came again on every connection after a silence.
+
+        :param after: when the silence began, at the earliest
+        :param since: index of the first event to look at, see :attr:`seen`
+        :return: when, for each connection
+        :raises LabError: a connection ended, or they did not come in time
+        """
+        resumed = []
+        for index in range(len(self.answers)):
+            event = self.wait(
+                f"answers on connection {index} again",
+                lambda event, index=index: (  # type: ignore[misc]
+                    event["event"] in ("resumed", "closed")
+                    and event["connection"] == index
+                    and event["at"] > after
+                ),
+                since=since,
+                timeout=timeout,
+            )
+            if event["event"] == "closed":
+                raise LabError(f"Connection {index} ended: {event['why']}.")
+            resumed.append(float(event["at"]))
+        return resumed
+
     def wait_seconds(self, seconds: float) -> None:
         """Let it talk on for a while.
 

@@ -29,10 +29,13 @@ class Cut:
 
     :ivar protected: when protection was complete
     :ivar at: when power was cut
+    :ivar settled: when answers were seen to come again, so that later silences, as while the next
+        protection comes about, are not taken for the failover
     """
 
     protected: float
     at: float
+    settled: float = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,7 @@ def _resume(history: History, cut: Cut, end: float) -> Resume:
 
     Not simply the first answer after the cut: that may have left the host just before.
     """
-    end = min(end, history.until)
+    end = min(end, cut.settled, history.until)
     each: list[float | None] = []
     for index in range(len(history.addresses)):
         times = [answer.received for answer in history.of(index)]
