@@ -136,6 +136,20 @@ class Config:
         return known if known else (parse_address(untrusted_text),)
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of ``kemari start``.
+
+    :ivar interval_ms: longest time between two checkpoints
+    :ivar interval_only: checkpoints by the timer only, not for held output
+    :ivar compression: of replicated pages
+    """
+
+    interval_ms: int = 1000
+    interval_only: bool = False
+    compression: str = "lz4"
+
+
 # ---- Reading --------------------------------------------------------------------------------
 
 

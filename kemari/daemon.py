@@ -13,7 +13,7 @@ from checkpoint.lifeline import Lifeline, Owner
 from checkpoint.link import Link, LinkOptions
 from checkpoint.network import Listener, connect, listen
 from kemari import __version__
-from kemari.config import Address, Config, parse_address
+from kemari.config import Address, Config, Options, parse_address
 from kemari.control import ControlServer
 from kemari.epoch import PrimaryState
 from kemari.errors import KemariError, NoSuchProtection, Refused
@@ -22,7 +22,7 @@ from kemari.journal import Journal
 from kemari.ledger import Ledger, Record, Role, answer_to_stand_down
 from kemari.output import Network
 from kemari.peers import Peers
-from kemari.protection import Options, Protection
+from kemari.protection import Protection
 from kemari.recovery import Recovery, clean
 from kemari.requests import Requests
 from kemari.standby import StandbySession

@@ -176,3 +176,13 @@ async def in_thread(call: Callable[..., ResultT], *arguments: Any) -> ResultT:
     except asyncio.CancelledError:
         await asyncio.wait({work})
         raise
+
+
+async def first_of(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Return when the first of these is done; cancel the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from checkpoint.codec import Encoder
@@ -21,13 +21,13 @@ from checkpoint.link import Link, PeerRefused
 from checkpoint.runstate import StateError
 from checkpoint.sender import Declined, Sender
 from kemari import actions as act
-from kemari.config import Address
+from kemari.config import Address, Options
 from kemari.copying import Progress, base_copy
 from kemari.cycle import Cycle
 from kemari.endings import PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
-from kemari.host import Host, in_thread
+from kemari.host import Host, first_of, in_thread
 from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Verdict, Watch
 from kemari.output import Output
@@ -35,20 +35,6 @@ from kemari.peers import OWNING, Peers, further_addresses
 from kemari.statistics import Statistics
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Options of ``kemari start``.
-
-    :ivar interval_ms: longest time between two checkpoints
-    :ivar interval_only: checkpoints by the timer only, not for held output
-    :ivar compression: of replicated pages
-    """
-
-    interval_ms: int = 1000
-    interval_only: bool = False
-    compression: str = "lz4"
 
 
 class Protection:
@@ -126,7 +112,7 @@ class Protection:
         finally:
             self._establishing = None
         # From here on the machine answers for what becomes of the guest.
-        await _first(self.protected.wait(), self.ended.wait())
+        await first_of(self.protected.wait(), self.ended.wait())
         if not self.protected.is_set():
             raise PeerError(f"The first checkpoint of {self.guest} failed: {self.why}")
 
@@ -153,7 +139,7 @@ class Protection:
             self.do(self.machine.force())
         elif self.machine.state is PrimaryState.HOLDING:
             self._holding.set()
-        await _first(self.ended.wait(), self._holding.wait())
+        await first_of(self.ended.wait(), self._holding.wait())
         if self.machine.state is PrimaryState.HOLDING:
             raise Refused(
                 f"{self.standby} does not answer, so output of {self.guest} stays held; "
@@ -172,7 +158,7 @@ class Protection:
             raise Refused(f"{self.guest} is {self.state}; expected protected")
         self.note("failover", f"moving {self.guest} to {self.standby}, as asked")
         self.do(self.machine.handover())
-        await _first(self.ended.wait(), self._holding.wait())
+        await first_of(self.ended.wait(), self._holding.wait())
         if self.machine.state is not PrimaryState.MOVED:
             raise PeerError(f"{self.guest} was not moved to {self.standby}: {self.why}")
 
@@ -501,14 +487,4 @@ class Protection:
             await self._link.close()
         self.ended.set()
         for task in self._tasks - {asyncio.current_task()}:
-            task.cancel()
-
-
-async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
-    """Return when the first of these is done; cancel the others."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
             task.cancel()

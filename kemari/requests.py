@@ -10,11 +10,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from kemari import __version__
-from kemari.config import COMPRESSIONS
+from kemari.config import COMPRESSIONS, Options
 from kemari.control import Progress
 from kemari.errors import NoSuchProtection, Refused
 from kemari.ledger import Record, Role
-from kemari.protection import Options
 
 if TYPE_CHECKING:
     from kemari.daemon import Daemon

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a protected guest does to its protection, and what wrong requests get."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from kemari.errors import KemariError, NoSuchProtection, PeerUnreachable, Refused
+from tests.unit.kemari_pair import Pair, await_true
+
+
+def _start_and_fail(pair: Pair) -> None:
+    with pytest.raises(KemariError):
+        pair.protect()
+
+
+# ---- The guest and its output ----
+
+
+def test_restless_guest_is_captured_later(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.a.hypervisor.restless = 5
+        pair.talk(3)
+        pair.check_answers()
+        assert pair.a.status("web")["statistics"]["not_quiescent"] >= 5
+
+
+def test_a_capture_that_fails_late_closes_its_output_once(tmp_path: Path) -> None:
+    """What the guest sends between two attempts at an epoch waits for the epoch after it."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        for turn in range(1, 6):
+            pair.a.hypervisor.restless_late = turn
+            pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_a_guest_that_never_rests_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kemari.cycle.CAPTURE_LIMIT", 0.3)
+    with Pair(tmp_path, resume=False) as pair:
+        pair.protect()
+        pair.a.hypervisor.restless = 1 << 30
+        pair.talk(3)
+        pair.check_answers()
+        assert "no usable pause point" in pair.a.status("web")["why"]
+        await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
+
+
+def test_a_wedged_standby_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It beats, but acknowledges nothing and answers nothing: output must not wait for ever."""
+    monkeypatch.setattr("kemari.cycle.ACK_LIMIT", 0.5)
+    monkeypatch.setattr("kemari.endings.RESTART_PATIENCE", 1.0)
+    with Pair(tmp_path, resume=False) as pair:
+        pair.protect()
+        pair.talk(3)
+        assert pair.b.daemon
+        session = next(iter(pair.b.daemon.sessions.values()))
+
+        async def wedged(*_: object) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(session, "committed", wedged)
+        pair.talk(3)
+        pair.check_answers()
+        assert "no acknowledgement" in pair.a.status("web")["why"]
+        assert "web" not in pair.b.hypervisor.guests
+
+
+def test_staging_grows_with_the_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kemari.cycle.STAGING_PAGES", 2)
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        for page in range(1, 60):
+            pair.guest.write(page, b"changed")
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+        survivor = pair.running()
+        assert survivor is not None
+        assert survivor.memory[59 * 4096 : 59 * 4096 + 7] == b"changed"
+
+
+def test_full_buffer_stalls_the_guest_and_is_counted(tmp_path: Path) -> None:
+    with Pair(tmp_path, buffer_limit=64, interval_ms=20_000) as pair:
+        pair.protect()
+        pair.fabric.delay = 0.05
+        for number in range(200):
+            pair.guest.request(number)
+            threading.Event().wait(0.001)
+        await_true(lambda: len(pair.answers()) == 200, "all answers")
+        pair.check_answers()
+        assert pair.a.status("web")["statistics"]["stalls"] > 0
+
+
+def test_guest_that_shuts_down_ends_its_protection(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.hypervisor.destroy_domain("web")
+        await_true(lambda: "guest-gone" in pair.a.events("web"), "a has noticed")
+        await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
+        await_true(lambda: not pair.a.network.buffers, "a removed the buffer")
+        assert "web" not in pair.b.hypervisor.guests
+
+
+def test_the_clock_goes_on(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.guest.clock_offset_ns = 10**15
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(1)
+        survivor = pair.running()
+        assert survivor is not None
+        jump = abs(survivor.clock_offset_ns - 10**15)
+        assert jump < 0.25e9, f"the clock jumped by {jump / 1e6} ms"
+
+
+def test_interval_only(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect(interval_only=True, interval_ms=200)
+        pair.guest.request(0)
+        assert pair.answers() == []
+        await_true(lambda: len(pair.answers()) == 1, "released by the timer's checkpoint")
+
+
+# ---- Wrong inputs ----
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        with pytest.raises(KemariError, match="Domain nope does not exist"):
+            pair.a.request("start", domain="nope", standby="b")
+        with pytest.raises(KemariError, match="not an address"):
+            pair.a.request("start", domain="web", standby="b c")
+        address = str(pair.a.config.listen[0])
+        with pytest.raises(KemariError, match="this host itself"):
+            pair.a.request("start", domain="web", standby=address)
+        with pytest.raises(Refused, match="interval_ms is 1; expected 10 to 60000"):
+            pair.protect(interval_ms=1)
+        with pytest.raises(Refused, match="not an operation"):
+            pair.a.request("dance")
+        with pytest.raises(NoSuchProtection):
+            pair.a.request("stop", domain="web")
+        with pytest.raises(NoSuchProtection):
+            pair.a.request("failover", domain="web")
+        with pytest.raises(NoSuchProtection):
+            pair.a.request("status", domain="web")
+        pair.protect()
+        with pytest.raises(Refused, match="protected already"):
+            pair.protect()
+        with pytest.raises(Refused, match="runs on a"):
+            pair.b.request("failover", domain="web")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_standby_without_memory(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.b.hypervisor.memory_pages = 10
+        with pytest.raises(KemariError, match="needs 64 pages, 10 are free"):
+            pair.protect()
+        pair.talk(3)
+        pair.check_answers()
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
+        pair.b.hypervisor.memory_pages = 100
+        pair.protect()
+
+
+def test_standby_with_a_domain_of_that_name(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.b.hypervisor.boot("web")
+        with pytest.raises(KemariError, match="a domain named web exists on b"):
+            pair.protect()
+
+
+def test_standby_unreachable(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.b.power_cut()
+        with pytest.raises(PeerUnreachable, match="No kemarid answers"):
+            pair.protect()
+
+
+def test_standby_lost_during_the_first_copy(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        calls = iter(range(100))
+
+        def reached(point: str) -> None:
+            if point == "copy_live" and next(calls) == 1:
+                pair.b.power_cut()
+
+        pair.a.hypervisor.reached = reached
+        with pytest.raises(KemariError):
+            pair.protect()
+        pair.talk(3)
+        pair.check_answers()
+        await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
+
+
+@pytest.mark.parametrize("where", ["track", "copy_live"])
+def test_stop_during_the_first_copy(tmp_path: Path, where: str) -> None:
+    with Pair(tmp_path) as pair:
+        reached, go = threading.Event(), threading.Event()
+
+        def wait(point: str) -> None:
+            if point == where:
+                reached.set()
+                go.wait(60)
+
+        pair.a.hypervisor.reached = wait
+        starting = threading.Thread(target=_start_and_fail, args=(pair,), daemon=True)
+        starting.start()
+        assert reached.wait(60)
+        stopping = threading.Thread(target=pair.a.request, args=("stop",), kwargs={"domain": "web"})
+        stopping.start()
+        go.set()
+        stopping.join(60)
+        starting.join(60)
+        await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
+        pair.talk(3)
+        pair.check_answers()
