@@ -23,7 +23,6 @@ from vagrant.lablib.image import (
     Layer,
     LayerFile,
     build_base,
-    find_base,
     host_layer,
     layer_digest,
     tar_of,
@@ -381,10 +380,8 @@ class Lab:
                 waiting.result()
 
     def _base(self) -> Base:
-        base = find_base(recipe_for(self.options.suite))
-        if base is None:
-            raise LabError(f"The base of {self.options.suite} is gone; `lab build` makes it.")
-        return base
+        """What this lab was brought up from, also if the recipe was changed since."""
+        return Base((self.state / "base").resolve(), recipe_for(self.options.suite))
 
     def status(self) -> dict[str, Any]:
         """What there is and how it is, as JSON values."""

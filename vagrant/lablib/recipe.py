@@ -99,6 +99,9 @@ NEEDED = {
     "libc6-dev": (),
     "mmdebstrap": ("mmdebstrap",),
     "openssh-client": ("ssh", "ssh-keygen"),
+    # The project's native module is compiled on the way to its wheel.
+    "python3-dev": (),
+    "python3-venv": (),
     "qemu-system-x86": ("qemu-system-x86_64",),
     "qemu-utils": ("qemu-img",),
     "util-linux": ("unshare", "nsenter"),
