@@ -109,15 +109,10 @@ class Daemon:
     async def close(self) -> None:
         """End in good order: standbys are told, output is released, shells are removed."""
         self._closing = True
-        for name in list(self._trying):
-            self._forget_again(name)
-        for protection in list(self.protections.values()):
-            if not protection.machine.over:
-                try:
-                    await self._end(protection, "kemarid stops")
-                    self._remember_to_resume(protection.uuid)
-                except (CheckpointError, KemariError) as error:
-                    self.host.journal.note(protection.guest, "trouble", str(error))
+        for record in list(self.again.values()):
+            self._remember_to_resume(record.uuid)
+            self._forget_again(record.guest)
+        await asyncio.gather(*(self._close(each) for each in list(self.protections.values())))
         for session in list(self.sessions.values()):
             await session.leave("kemarid stops")
         await self._control.close()
@@ -128,9 +123,18 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*self.host.tasks, return_exceptions=True)
 
+    async def _close(self, protection: Protection) -> None:
+        resume = not protection.machine.over or protection.lost
+        try:
+            await protection.stop("kemarid stops")
+            if resume:
+                self._remember_to_resume(protection.uuid)
+        except (CheckpointError, KemariError) as error:
+            self.host.journal.note(protection.guest, "trouble", str(error))
+
     def _remember_to_resume(self, uuid: str) -> None:
         record = self.host.ledger.get(uuid)
-        if record is not None and self.host.config.resume:
+        if record is not None and record.role is Role.OWNER and self.host.config.resume:
             self.host.ledger.update(uuid, options=record.options | {"resume": True})
 
     # ---- Section: protecting ----
@@ -187,15 +191,9 @@ class Daemon:
             if not waiting:
                 raise NoSuchProtection(f"{name} is not protected on {self.host.config.host}")
             return f"{name} is not protected again"
-        await self._end(protection, "stopped, as asked", force=force)
+        await protection.stop("stopped, as asked", force=force)
         self.protections.pop(name, None)
         return f"{name} is no longer protected; its output flows freely"
-
-    async def _end(self, protection: Protection, reason: str, *, force: bool = False) -> None:
-        if protection.machine.state is PrimaryState.COPYING:
-            await protection.cancel(reason)
-        else:
-            await protection.stop(reason, force=force)
 
     def _forget_again(self, name: str) -> bool:
         task = self._trying.pop(name, None)

@@ -132,6 +132,9 @@ class Protection:
         if self.machine.state is PrimaryState.COPYING:
             await self.cancel(reason)
             return
+        if self.machine.over:
+            await self.ended.wait()  # it is being taken down
+            return
         self.why = reason
         self._holding.clear()
         self.do(self.machine.stop())

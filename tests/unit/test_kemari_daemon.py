@@ -377,3 +377,20 @@ def test_standby_daemon_killed_in_the_middle_of_a_revival(tmp_path: Path) -> Non
 def _failover_and_fail(pair: Pair) -> None:
     with pytest.raises(KemariError):
         pair.a.request("failover", domain="web")
+
+
+def test_lost_standby_then_orderly_restart_resumes(tmp_path: Path) -> None:
+    """Both ends go, one after the other without a pause; the buffer goes, the wish stays."""
+    for turn in range(5):
+        with Pair(tmp_path / str(turn)) as pair:
+            pair.protect()
+            pair.talk(2)
+            pair.b.stop()
+            pair.a.stop()
+            assert not pair.a.network.buffers
+            pair.talk(2)
+            pair.b.start()
+            pair.a.start()
+            await_true(lambda: pair.a.status("web")["protected"], "protected again")
+            pair.talk(2)
+            pair.check_answers()
