@@ -42,7 +42,12 @@ log = logging.getLogger(__name__)
 
 #: guest frames that the stub borrows: low RAM that every PVH guest has
 _STUB_GFN = 0x20
-_STUB_BOUND, _BACKEND_BOUND = 10.0, 10.0
+#: seconds
+_STUB_BOUND, _STORE_BOUND, _BACKEND_BOUND = 10.0, 10.0, 10.0
+#: calls of one run of the stub; there is room for one more, to notify xenstored
+_ROUND = stub.MOST_CALLS - 1
+#: how long to wait for the first event of a watch that was answered, seconds
+_EVENT_BOUND = 1.0
 
 #: HYPERVISOR_CALLBACK_VECTOR of Linux (arch/x86/include/asm/irq_vectors.h), used when the guest
 #: has its events delivered per vCPU
@@ -165,12 +170,23 @@ def _run_stub(
     saved = bytes(area)
     store_port = min(reserved)
     started = Context(context.only_boot_vcpu())
+    asked = time.monotonic()
+    rounds = [calls[at : at + _ROUND] for at in range(0, len(calls), _ROUND)]
     try:
-        pending = calls
+        pending = rounds.pop(0) if rounds else []
         while pending or not watches.done:
             if watches.pump():
                 pending = [*pending, stub.send(store_port)]
             elif not pending:
+                waited = time.monotonic() - asked
+                if watches.answered and waited > _EVENT_BOUND:
+                    log.warning("a watch of the guest did not fire when it was set")
+                    break
+                if waited > _STORE_BOUND:
+                    raise ReviveError(
+                        "xenstored has not answered the guest's watches "
+                        f"(expected it to within {_STORE_BOUND} s)"
+                    )
                 os.sched_yield()  # xenstored is at work; it sends no event to us
                 continue
             area[:] = stub.assemble(pending, base, intel=_vendor_is_intel())
@@ -186,7 +202,8 @@ def _run_stub(
             finally:
                 domain.pause()
             stub.check_results(area, pending)
-            pending = []
+            pending = rounds.pop(0) if rounds else []
+            asked = time.monotonic()
     finally:
         area[:] = saved
 

@@ -37,12 +37,17 @@ STUB_PAGES = 5
 _TABLE, _ARGS = PAGE_SIZE, 3 * PAGE_SIZE
 _FLAG = 256
 
+#: calls that fit at one time, whichever they are (the largest structure has 24 bytes)
+MOST_CALLS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One hypercall: number, command, what it is for, and the argument structure if any.
 
-    With ``vcpu`` the second argument is that vCPU's number and the structure the third one.
+    With ``vcpu`` the second argument is that vCPU's number and the structure the third one.  With
+    ``port`` Xen fills in an event channel's number, the last word of the structure, and it must be
+    that one.
     """
 
     number: int
@@ -50,6 +55,7 @@ class Call:
     about: str
     argument: bytes
     vcpu: int | None = None
+    port: int | None = None
 
 
 def register_vcpu_info(vcpu: int, address: int) -> Call:
@@ -105,28 +111,31 @@ def bind_events(events: Sequence[EventChannel], reserved: set[int]) -> list[Call
     gaps: list[int] = []
     wanted = {event.port: event for event in events if event.port not in reserved}
 
-    def add(command: int, about: str, argument: bytes) -> None:
-        calls.append(Call(_HYPERVISOR_EVENT_CHANNEL_OP, command, about, argument))
+    def add(command: int, about: str, argument: bytes, makes: int | None = None) -> None:
+        calls.append(Call(_HYPERVISOR_EVENT_CHANNEL_OP, command, about, argument, port=makes))
 
     for port in range(1, max(wanted, default=0) + 1):
         event = wanted.get(port)
         if event is None:
             if port not in reserved:
                 gaps.append(port)
-                add(_ALLOC_UNBOUND, f"filler port {port}", struct.pack("<HHI", _DOMID_SELF, 0, 0))
+                unbound = struct.pack("<HHI", _DOMID_SELF, 0, 0)
+                add(_ALLOC_UNBOUND, f"filler port {port}", unbound, port)
         elif event.status == VIRQ:
             add(
                 _BIND_VIRQ,
                 f"VIRQ {event.detail} port {port}",
                 struct.pack("<III", event.detail, event.vcpu if _per_vcpu(event.detail) else 0, 0),
+                port,
             )
         elif event.status == IPI:
-            add(_BIND_IPI, f"IPI port {port}", struct.pack("<II", event.vcpu, 0))
+            add(_BIND_IPI, f"IPI port {port}", struct.pack("<II", event.vcpu, 0), port)
         elif event.status in (UNBOUND, INTERDOMAIN):
             add(
                 _ALLOC_UNBOUND,
                 f"port {port}",
                 struct.pack("<HHI", _DOMID_SELF, event.detail, 0),
+                port,
             )
         else:
             raise ReviveError(f"event channel {port} is a physical interrupt (expected none)")
@@ -160,7 +169,7 @@ def assemble(calls: Sequence[Call], base: int, *, intel: bool) -> bytes:
     args = bytearray()
     for call in calls:
         address = base + _ARGS + len(args)
-        args += call.argument + bytes(-len(call.argument) % 16)
+        args += call.argument.ljust(_room(call), b"\0")
         words = (call.vcpu, address) if call.vcpu is not None else (address, 0)
         table += _ENTRY.pack(call.number, call.command, *words, _PENDING)
     table += struct.pack("<I", _END)
@@ -189,18 +198,27 @@ def assemble(calls: Sequence[Call], base: int, *, intel: bool) -> bytes:
     return bytes(out)
 
 
-def finished(memory: bytes | memoryview) -> bool:
+def _room(call: Call) -> int:
+    return -(-len(call.argument) // 16) * 16
+
+
+def finished(memory: bytes | bytearray | memoryview) -> bool:
     """Whether the stub in these pages has made all its calls."""
     return bytes(memory[_FLAG : _FLAG + 4]) == struct.pack("<I", _DONE)
 
 
-def check_results(memory: bytes | memoryview, calls: Sequence[Call]) -> None:
+def check_results(memory: bytes | bytearray | memoryview, calls: Sequence[Call]) -> None:
     """Look at the results that a finished stub has left.
 
-    :raise ReviveError: naming the first call that failed
+    :raise ReviveError: naming the first call that failed, or made another port than it should
     """
+    end = _ARGS
     for index, call in enumerate(calls):
         at = _TABLE + index * _ENTRY.size + 16
         (result,) = struct.unpack_from("<i", memory, at)
         if result < 0:
             raise ReviveError(f"{call.about}: the hypervisor answered {result} (expected 0)")
+        (made,) = struct.unpack_from("<I", memory, end + len(call.argument) - 4)
+        if call.port is not None and made != call.port:
+            raise ReviveError(f"{call.about}: the hypervisor made port {made}")
+        end += _room(call)

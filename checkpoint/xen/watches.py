@@ -23,8 +23,9 @@ _REQ_PROD_AT, _RSP_CONS_AT = 2 * XENSTORE_RING + 4, 2 * XENSTORE_RING + 8
 class WatchRequests:
     """Sends watches through a xenstore ring and takes the answers out again.
 
-    Never more than one ring's worth is under way, in either direction: every answer and every
-    first event that a new watch fires is taken out.
+    Each watch is answered, and then fires once (``docs/misc/xenstore.txt``); it is done when both
+    were taken out, since whatever xenstored still had to write would go into the guest's own ring
+    later.
     """
 
     def __init__(self, page: memoryview, watches: Sequence[tuple[str, str]]) -> None:
@@ -34,22 +35,28 @@ class WatchRequests:
         self._page = page
         self._waiting = list(enumerate(watches, 1))
         self._unanswered: set[int] = set()
+        self._silent: set[bytes] = set()
         self._received = bytearray()
         self._paths = {index: path for index, (path, _token) in self._waiting}
 
     @property
+    def answered(self) -> bool:
+        """Whether every watch was answered."""
+        return not (self._waiting or self._unanswered or self._received)
+
+    @property
     def done(self) -> bool:
-        """Whether every watch was answered and the ring is empty."""
-        return not self._waiting and not self._unanswered and not self._received
+        """Whether every watch was answered and has fired, and the ring is empty."""
+        return self.answered and not self._silent
 
     def pump(self) -> bool:
         """Take answers and put requests, as far as the ring allows; never blocks.
 
-        :return: whether requests were put, so that xenstored must be notified
+        :return: whether xenstored must be notified: of requests, or of room in a ring that it had
+            filled
         :raise ReviveError: xenstored refused a watch
         """
-        self._take()
-        put = False
+        put = self._take()
         while self._waiting:
             index, (path, token) = self._waiting[0]
             payload = path.encode() + b"\0" + token.encode() + b"\0"
@@ -57,6 +64,7 @@ class WatchRequests:
             if not self._put(message):
                 break
             self._unanswered.add(index)
+            self._silent.add(token.encode())
             del self._waiting[0]
             put = True
         return put
@@ -74,19 +82,25 @@ class WatchRequests:
         struct.pack_into("<I", self._page, _REQ_PROD_AT, (req_prod + len(message)) & 0xFFFFFFFF)
         return True
 
-    def _take(self) -> None:
+    def _take(self) -> bool:
+        """Take out what is there; whether the ring was full."""
         _req_cons, _req_prod, rsp_cons, rsp_prod = xenstore_indices(self._page)
         available = (rsp_prod - rsp_cons) & 0xFFFFFFFF
+        if available > XENSTORE_RING:
+            raise ReviveError(
+                f"xenstored claims {available} bytes in a ring (expected {XENSTORE_RING} or less)"
+            )
         for offset in range(available):
             self._received.append(self._page[XENSTORE_RING + (rsp_cons + offset) % XENSTORE_RING])
         struct.pack_into("<I", self._page, _RSP_CONS_AT, (rsp_cons + available) & 0xFFFFFFFF)
         while len(self._received) >= _HEADER.size:
             kind, index, _tx, length = _HEADER.unpack_from(self._received, 0)
             if len(self._received) < _HEADER.size + length:
-                return
+                break
             payload = bytes(self._received[_HEADER.size : _HEADER.size + length])
             del self._received[: _HEADER.size + length]
             if kind == _XS_WATCH_EVENT:
+                self._silent.discard(payload.rstrip(b"\0").rpartition(b"\0")[2])
                 continue
             self._unanswered.discard(index)
             error = payload.rstrip(b"\0").decode("latin-1")
@@ -94,3 +108,4 @@ class WatchRequests:
             # on a fresh connection, so that any error is one.
             if kind == _XS_ERROR:
                 raise ReviveError(f"xenstored refused a watch on {self._paths[index]}: {error}")
+        return available == XENSTORE_RING
