@@ -9,7 +9,6 @@ from checkpoint.driver import PAGE_SIZE, Description, Nic
 from checkpoint.errors import CheckpointError, UnsupportedGuest
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.linux import Registers, read_layout
-from checkpoint.guest.memory import RamView
 from checkpoint.xen import control, shell, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import (
@@ -21,10 +20,11 @@ from checkpoint.xen.control import (
 )
 from checkpoint.xen.dirty import DirtyLog
 from checkpoint.xen.libs import libraries
-from checkpoint.xen.mapping import Mapping
+from checkpoint.xen.mapping import Mapping, PresentRam
 from checkpoint.xen.revive import revived_node
 from checkpoint.xen.source import XenSource
 from checkpoint.xen.store import Store
+from checkpoint.xen.versions import RELEASES
 
 #: parameters that libxc's own save path carries (hvm/params.h): store, ioreq pages, rings, VM86
 #: TSS, console, ACPI, Viridian, identity page table, generation id, ioreq servers, FIP width, MCA
@@ -43,6 +43,7 @@ class XenHost:
     def __init__(self) -> None:
         """:raise UnsupportedGuest: not a Dom0 of a supported Xen"""
         self.release = libraries().release
+        self._sources: dict[int, XenSource] = {}
 
     # ---- Section: domains ----
 
@@ -71,6 +72,12 @@ class XenHost:
             raise CheckpointError(
                 f"the primary runs the driver {description.driver!r} (expected {self.name!r})"
             )
+        theirs = str(description.detail.get("xen"))
+        if theirs not in RELEASES or _order(theirs) > _order(self.release.name):
+            raise CheckpointError(
+                f"the primary runs Xen {theirs} (expected {self.release.name} or an older one: no "
+                "Xen takes over a guest from a newer one)"
+            )
         if self.domain_exists(description.name):
             raise CheckpointError(
                 f"a domain named {description.name!r} exists on the standby (expected none)"
@@ -87,6 +94,10 @@ class XenHost:
 
     def open_source(self, domain: str) -> XenSource:
         domid = self._resolve(domain)
+        known = self._sources.get(domid)
+        if known is not None and known.tracking:
+            # The checks below would take its dirty log away, and nobody would notice.
+            raise CheckpointError(f"domain {domain!r} is protected (expected one that is not)")
         handle = Domain(domid)
         info = handle.info()
         if info is None or info.dying or info.shutdown:
@@ -115,7 +126,9 @@ class XenHost:
             driver=self.name,
             detail=detail,
         )
-        return XenSource(handle, description, nics, layout, special)
+        source = XenSource(handle, description, nics, layout, special)
+        self._sources[domid] = source
+        return source
 
     def _describe(
         self, handle: Domain, config: dict[str, Any], pages: int
@@ -130,7 +143,7 @@ class XenHost:
         try:
             vcpus = [context.vcpu(number) for number in context.vcpus()]
             layout = read_layout(
-                RamView(ram.view), [Registers(vcpu.cr3, vcpu.cr4, vcpu.lstar) for vcpu in vcpus]
+                PresentRam(ram), [Registers(vcpu.cr3, vcpu.cr4, vcpu.lstar) for vcpu in vcpus]
             )
             _check_kernel(layout)
             holes = ram.holes
@@ -180,6 +193,10 @@ def _name(store: Store, domid: int) -> str:
     if name.endswith(shell.SUFFIX) and store.read(revived_node(domid)) is not None:
         return name.removesuffix(shell.SUFFIX)
     return name
+
+
+def _order(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
 
 
 def _check_type(domain: str, config: dict[str, Any], info: control.DomainInfo) -> None:

@@ -61,9 +61,9 @@ class XenShell:
 
     def destroy(self) -> None:
         if not self._gone:
-            self._gone = True
             self._ram.close()
             toolstack.destroy(self._domain.domid)
+            self._gone = True
 
 
 def create(description: Description) -> XenShell:
