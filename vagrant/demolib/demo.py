@@ -106,7 +106,7 @@ class Demo:
         with step(f"`kemari start {GUEST} {standby}` on host {primary}"):
             kemari(self._lab, primary, "start", GUEST, standby, "--progress", show=True)
         protected = time.monotonic()
-        self._copies.append(Band(asked, protected, "first copy"))
+        self._copies.append(Band(asked, protected, "first copy", "#f1f1f1", "#666666"))
         say(f"protected; the client talks on for {self._protected_s:.0f} s")
         talk.wait_seconds(self._protected_s)
         status = kemari(self._lab, primary, "status", GUEST).value[0]

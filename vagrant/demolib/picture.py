@@ -15,6 +15,8 @@ WIDTH, HEIGHT = 960, 480
 LEFT, RIGHT, TOP, BOTTOM = 84, 24, 92, 62
 #: One for each connection: dark enough on white, and apart also for those who see few colours.
 COLOURS: Final = ("#1f5fbf", "#d9731a", "#3a8a4d", "#8e44ad")
+#: About the width of a letter of the usual size, in pixels.
+_LETTER: Final = 7.4
 FONT: Final = "font-family=\"'DejaVu Sans', 'Segoe UI', Helvetica, Arial, sans-serif\""
 
 
@@ -39,11 +41,15 @@ class Band:
     :ivar begin: when it began
     :ivar end: when it ended
     :ivar text: what it was
+    :ivar colour: of the background
+    :ivar ink: of the text
     """
 
     begin: float
     end: float
     text: str
+    colour: str = "#e3f2e6"
+    ink: str = "#2f7040"
 
 
 class Axes:
@@ -125,10 +131,10 @@ def _bands(axes: Axes, bands: Sequence[Band]) -> Iterator[str]:
         begin, end = axes.x(band.begin), axes.x(band.end)
         yield (
             f'<rect class="band" x="{begin:.1f}" y="{TOP}" width="{max(0.0, end - begin):.1f}" '
-            f'height="{HEIGHT - TOP - BOTTOM}" fill="#e3f2e6"/>'
+            f'height="{HEIGHT - TOP - BOTTOM}" fill="{band.colour}"/>'
         )
         yield _text(
-            (begin + end) / 2, HEIGHT - BOTTOM - 8, band.text, colour="#2f7040", anchor="middle"
+            (begin + end) / 2, HEIGHT - BOTTOM - 8, band.text, colour=band.ink, anchor="middle"
         )
 
 
@@ -192,11 +198,11 @@ def _points(axes: Axes, history: History) -> Iterator[str]:
 
 
 def _marks(axes: Axes, marks: Sequence[Mark]) -> Iterator[str]:
-    middle = (LEFT + WIDTH - RIGHT) / 2
     for number, mark in enumerate(marks):
         x = axes.x(mark.at)
-        left = x > middle
-        # Neighbours on different heights, so that their texts do not cover each other.
+        # Neighbours on different sides and heights, so that their texts do not cover each other.
+        room = _LETTER * len(mark.text) + 12
+        left = x - room > LEFT if number % 2 == 0 else x + room > WIDTH - RIGHT
         y = TOP + 16 + 18 * (number % 2)
         yield (
             f'<line class="mark" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}" '
@@ -216,7 +222,7 @@ def _legend(names: Sequence[str]) -> Iterator[str]:
     for index, name in enumerate(names):
         yield f'<circle cx="{x + 5:.1f}" cy="72" r="4.5" fill="{_colour(index)}"/>'
         yield _text(x + 16, 76, name, size=12)
-        x += 34 + 7.2 * len(name)
+        x += 34 + _LETTER * len(name)
 
 
 def _colour(index: int) -> str:
