@@ -21,13 +21,18 @@ _RX_SLOTS = 256
 #: the grant reference of every slot: struct netif_rx_request {u16 id, u16 pad, u32 gref}
 _RX_GRANTS = struct.Struct("<" + _RX_SLOTS * "4xI")
 
+#: XenbusStateConnected (io/xenbus.h)
+_CONNECTED = "4"
+
 #: struct xenstore_domain_interface: two buffers, req_cons, req_prod, rsp_cons, rsp_prod
 XENSTORE_RING = 1024
 _XENSTORE_INDICES = struct.Struct("<4I")
 _XENSTORE_INDICES_AT = 2 * XENSTORE_RING
 
-#: grant entry version 1: flags, domid, frame (xen/include/public/grant_table.h)
+#: grant entry version 1: flags, domid, frame; references below 8 are reserved
+#: (GNTTAB_NR_RESERVED_ENTRIES, xen/include/public/grant_table.h)
 GRANT = struct.Struct("<HHI")
+_RESERVED_GRANTS = 8
 GRANTS_PER_FRAME = PAGE_SIZE // GRANT.size
 
 
@@ -57,6 +62,9 @@ def net_rings(store: dict[str, str], grants: bytes | memoryview) -> list[NetRing
         leaf = path.rsplit("/", 1)[1]
         if leaf not in ("tx-ring-ref", "rx-ring-ref"):
             continue
+        # The references of a closed frontend stay, and name pages that now serve something else.
+        if store.get("/".join(path.split("/")[:3]) + "/state") != _CONNECTED:
+            continue
         try:
             reference = int(value)
             _flags, _domid, frame = GRANT.unpack_from(grants, reference * GRANT.size)
@@ -72,12 +80,13 @@ def transmit_answered(page: memoryview) -> bool:
     return bool(req_prod == rsp_prod)
 
 
-def receive_unambiguous(page: bytes | memoryview, grants: int) -> bool:
+def receive_unambiguous(page: bytes | bytearray | memoryview, grants: int) -> bool:
     """Whether every slot not yet answered on a receive ring still holds its request.
 
     netback writes answers into the slots first and moves the index later, in batches; a copy from
     in between would offer answers as requests.  An answer read as a request names a grant beyond
-    any table, because its length field is in the upper half.
+    any table, because its length field is in the upper half; before that is written, its flags
+    alone name a reserved one.
 
     :param grants: number of entries of the guest's grant table
     """
@@ -88,10 +97,11 @@ def receive_unambiguous(page: bytes | memoryview, grants: int) -> bool:
     references = _RX_GRANTS.unpack_from(page, _SLOTS_AT)
     first = rsp_prod % _RX_SLOTS
     waiting_references = (references + references)[first : first + waiting]
-    return max(waiting_references, default=0) < grants
+    lowest = min(waiting_references, default=_RESERVED_GRANTS)
+    return bool(lowest >= _RESERVED_GRANTS and max(waiting_references, default=0) < grants)
 
 
-def xenstore_indices(page: bytes | memoryview) -> tuple[int, int, int, int]:
+def xenstore_indices(page: bytes | bytearray | memoryview) -> tuple[int, int, int, int]:
     """(req_cons, req_prod, rsp_cons, rsp_prod) of a xenstore ring."""
     req_cons, req_prod, rsp_cons, rsp_prod = _XENSTORE_INDICES.unpack_from(
         page, _XENSTORE_INDICES_AT
@@ -99,7 +109,7 @@ def xenstore_indices(page: bytes | memoryview) -> tuple[int, int, int, int]:
     return req_cons, req_prod, rsp_cons, rsp_prod
 
 
-def xenstore_empty(page: bytes | memoryview) -> bool:
+def xenstore_empty(page: bytes | bytearray | memoryview) -> bool:
     """Whether no byte is on its way in either direction."""
     req_cons, req_prod, rsp_cons, rsp_prod = xenstore_indices(page)
     return req_cons == req_prod and rsp_cons == rsp_prod

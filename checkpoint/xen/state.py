@@ -100,7 +100,7 @@ class MachineState:
         pages = found[_PAGES]
         try:
             store = json.loads(found[_STORE])
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ProtocolError("the machine state's xenstore section is not JSON") from None
         if not isinstance(store, dict) or not all(isinstance(v, str) for v in store.values()):
             raise ProtocolError("the machine state's xenstore section is not a map of texts")
