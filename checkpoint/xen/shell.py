@@ -11,7 +11,7 @@ from checkpoint.driver import Description, Nic
 from checkpoint.errors import CheckpointError
 from checkpoint.xen import control, toolstack
 from checkpoint.xen.context import Context
-from checkpoint.xen.control import Domain
+from checkpoint.xen.control import HVM_PARAM_CONSOLE_EVTCHN, HVM_PARAM_STORE_EVTCHN, Domain
 from checkpoint.xen.mapping import Mapping
 from checkpoint.xen.revive import revive
 from checkpoint.xen.state import MachineState
@@ -39,6 +39,13 @@ class XenShell:
         self._ram = Mapping(
             domain.domid, range(description.pages), writable=True, allow_holes=bool(holes)
         )
+        missing = set(self._ram.holes) - holes
+        if missing:
+            self._ram.close()
+            raise CheckpointError(
+                f"the shell has no memory at frame {min(missing):#x} (expected some, as the guest "
+                "has)"
+            )
         self.memory = self._ram.view
 
     @property
@@ -108,11 +115,25 @@ def create(description: Description) -> XenShell:
         for nic in detail["nics"]
     ]
     try:
+        _check_ports(domain, detail["ports"])
         _write_static(description.domid, static)
         return XenShell(description, domain, nics)
     except BaseException:
         toolstack.destroy(description.domid)
         raise
+
+
+def _check_ports(domain: Domain, expected: list[int]) -> None:
+    # A guest knows its event channels by number, and nothing can move these two.
+    made = [
+        domain.get_param(HVM_PARAM_STORE_EVTCHN),
+        domain.get_param(HVM_PARAM_CONSOLE_EVTCHN),
+    ]
+    if made != expected:
+        raise CheckpointError(
+            f"the toolstack made the event channels {made} for xenstore and console (expected "
+            f"{expected}, as the guest has)"
+        )
 
 
 def _write_static(domid: int, static: dict[int, bytes]) -> None:

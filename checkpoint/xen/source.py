@@ -90,7 +90,7 @@ class XenSource:
             self._grants = GrantFrames(domid, frames)
             held.callback(lambda: self._grants.close())
             self._memory = PresentRam(self._ram)
-            self._holes = array("Q", self._ram.holes)
+            self._holes = self._all_holes()
             self._found = array("Q", bytes(8 * self._pages))
             self._carried: bytes | None = None
             self._log_was_read = False
@@ -104,6 +104,14 @@ class XenSource:
             self._refresh()
             self._held = held.pop_all()
         self._tracking = True
+
+    def _all_holes(self) -> array[int]:
+        """Frames without memory, here or in the shell, which was built for the guest as it was."""
+        described = set(self.description.detail.get("holes", ()))
+        filled = described.difference(self._ram.holes, self._layout.grants.gfns)
+        if filled:
+            raise _given_memory(min(filled))
+        return array("Q", sorted(described.union(self._ram.holes)))
 
     def untrack(self) -> None:
         try:
@@ -181,7 +189,7 @@ class XenSource:
     def base_round(self) -> Iterable[array[int]]:
         if self._first_round:
             self._first_round = False
-            holes = set(self._ram.holes)
+            holes = set(self._holes)
             everything = array("Q", (g for g in range(self._pages) if g not in holes))
             count = len(everything)
         else:
@@ -340,10 +348,7 @@ class XenSource:
                 # A growing grant table takes frames that the guest keeps free for it.
                 new = set(logged).intersection(self._holes).difference(self._layout.grants.gfns)
                 if new:
-                    raise UnsupportedGuest(
-                        f"the guest was given memory at frame {min(new):#x} "
-                        "(expected its memory to stay as it is while protected)"
-                    )
+                    raise _given_memory(min(new))
             count = left
         return count
 
@@ -391,3 +396,10 @@ class XenSource:
             if not self._destroyed:
                 toolstack.destroy(self._domain.domid)
                 self._destroyed = True
+
+
+def _given_memory(gfn: int) -> UnsupportedGuest:
+    return UnsupportedGuest(
+        f"the guest was given memory at frame {gfn:#x} "
+        "(expected its memory to stay as it is while protected)"
+    )

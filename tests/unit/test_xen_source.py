@@ -494,6 +494,32 @@ def test_a_hole_that_the_grant_table_grew_into_is_left_out(
     assert HOLES[1] not in holey.copies()
 
 
+def test_memory_that_came_while_the_shell_was_built_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(monkeypatch)
+    rig.source.description.detail["holes"] = [HOLES[0]]
+    with pytest.raises(UnsupportedGuest, match=r"given memory at frame 0x340"):
+        rig.source.track()
+    assert nothing_left(rig)
+
+
+def test_grant_frames_that_came_while_the_shell_was_built_are_never_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(monkeypatch)
+    kept = rig.layout.grants
+    object.__setattr__(rig.layout, "grants", type(kept)(HOLES, kept.used, 1))
+    rig.source.description.detail["holes"] = list(HOLES)
+    rig.source.track()
+    assert not {gfn for batch in rig.source.base_round() for gfn in batch} & set(HOLES)
+    rig.guest.write(HOLES[0], b"a grant")
+    assert list(rig.source.base_round()) == []
+    rig.guest.write(HOLES[0], b"a grant")
+    rig.capture()
+    assert HOLES[0] not in rig.copies()
+
+
 def test_a_ring_in_a_hole_is_refused(holey: Rig) -> None:
     holey.guest.grant(BUFFER_REFERENCE, HOLES[2])
     holey.store.set(f"{VIF}/tx-ring-ref", str(BUFFER_REFERENCE))
