@@ -61,8 +61,8 @@ class Demo:
         :raises LabError: it could not be begun, or what the client saw cannot be read
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        for old in self.out.glob("*"):
-            old.unlink()
+        for old in ("demo.svg", "demo.jsonl", *(f"kemarid-{name}.log" for name in HOSTS)):
+            (self.out / old).unlink(missing_ok=True)
         self._await_daemons(HOSTS)
         with step("the guest boots on host a"):
             self._lab.guest_start("a")
