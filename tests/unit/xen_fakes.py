@@ -68,6 +68,7 @@ class FakeDomain:
     :ivar places: guest frame -> page of :attr:`file`; frames that are not in it are holes
     :ivar ports: event channel -> (status, vCPU, first word and second word of the union)
     :ivar logged: frames written since the log was cleaned, as the processor would note it
+    :ivar placed: guest frame -> (space, index) of Xen's pages that were put there
     """
 
     domid: int
@@ -87,6 +88,7 @@ class FakeDomain:
     logging: bool = False
     logged: set[int] = field(default_factory=set)
     extra_pages: int = 0
+    placed: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def page(self, gfn: int) -> memoryview:
         """The memory at a guest frame, as the guest sees it."""
@@ -251,8 +253,13 @@ class FakeXen:
         return 0
 
     def _xc_domain_add_to_physmap(
-        self, _xch: Any, _domid: int, _space: int, _index: int, _gfn: int
+        self, _xch: Any, domid: int, space: int, index: int, gfn: int
     ) -> int:
+        domain = self.domains[domid]
+        domain.placed[gfn] = (space, index)
+        if space == 0:
+            # Xen's page takes the place of what was there; mappings made before keep the old one.
+            domain.places[gfn] = os.fstat(domain.file).st_size // PAGE - 1
         return 0
 
     # ---- the dirty log ----
@@ -417,12 +424,21 @@ _POINTERS = {
 
 
 class FakeStore:
-    """In the place of ``checkpoint.xen.store.Store``: one tree, shared by all connections."""
+    """In the place of ``checkpoint.xen.store.Store``: one tree, shared by all connections.
 
-    def __init__(self, tree: dict[str, str]) -> None:
+    :param tree: the guest's own part of the store, relative paths
+    :ivar others: nodes elsewhere, absolute paths
+    :ivar connects: backends that go to state 4 when their frontend does
+    """
+
+    def __init__(self, tree: dict[str, str], domid: int = 3) -> None:
         self.nodes = tree
+        self.others: dict[str, str] = {}
         self.changed = True
         self.open = 0
+        self.connects = True
+        self.written: list[str] = []
+        self._base = f"/local/domain/{domid}/"
 
     def connect(self) -> FakeStore:
         """What ``Store()`` is."""
@@ -436,6 +452,36 @@ class FakeStore:
     def tree(self, _top: str) -> dict[str, str]:
         """A copy of the tree."""
         return dict(self.nodes)
+
+    def read(self, path: str) -> str | None:
+        """As ``Store.read``."""
+        if path.startswith(self._base):
+            return self.nodes.get(path.removeprefix(self._base))
+        return self.others.get(path)
+
+    def write(self, path: str, value: str) -> None:
+        """As ``Store.write``."""
+        assert path.startswith(self._base)
+        self.written.append(path.removeprefix(self._base))
+        self.set(path.removeprefix(self._base), value)
+
+    def children(self, path: str) -> list[str]:
+        """As ``Store.children``."""
+        prefix = path.removeprefix(self._base) + "/"
+        names = {
+            node[len(prefix) :].split("/")[0] for node in self.nodes if node.startswith(prefix)
+        }
+        return sorted(names)
+
+    def wait(
+        self, path: str, satisfied: Callable[[str | None], bool], _timeout: float
+    ) -> str | None:
+        """As ``Store.wait``, at the end of its time."""
+        if self.connects:
+            self.others[path] = "4"
+        value = self.others.get(path)
+        assert self.connects == satisfied(value)
+        return value
 
     def set(self, path: str, value: str) -> None:
         """Somebody writes a node."""

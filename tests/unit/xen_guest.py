@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoint.driver import PAGE_SIZE, Description, Staging
+from checkpoint.errors import NotQuiescent
 from checkpoint.guest.linux import read_layout
 from checkpoint.xen import dirty, mapping, source, tables, toolstack
 from checkpoint.xen.control import Domain
@@ -113,6 +114,13 @@ class Rig:
 
         self.source.capture(self.staging, close, **how)
         return MachineState.from_bytes(self.staging.state)
+
+    def refused(self, reason: str) -> None:
+        """A capture finds no quiet moment, and the guest runs on."""
+        self.guest.write(DATA, b"kept")
+        with pytest.raises(NotQuiescent, match=reason):
+            self.capture()
+        assert self.guest.pauses == 0
 
     def copies(self) -> dict[int, bytes]:
         """Guest frame -> contents of what the last capture copied; no frame comes twice."""

@@ -28,7 +28,7 @@ class RingEnd:
 
     def __init__(
         self,
-        page: bytearray,
+        page: bytearray | memoryview,
         start: int = 0,
         pieces: Iterable[int] = (),
         refuse: Callable[[str], str | None] = lambda path: None,

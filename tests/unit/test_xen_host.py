@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a host finds out about a guest, and the shells that it builds."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import pytest
+
+from checkpoint.driver import PAGE_SIZE, Description
+from checkpoint.errors import CheckpointError, HypervisorError, UnsupportedGuest
+from checkpoint.xen import toolstack
+from checkpoint.xen.context import Context
+from checkpoint.xen.host import XenHost
+from tests.unit.xen_guest import CONSOLE_GFN, DATA, DOMID, STORE_GFN, VIF
+from tests.unit.xen_world import ACPI_GFN, KHZ, World
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+# ---- Section: looking at a guest ----
+
+
+def test_what_is_described_of_a_guest(world: World) -> None:
+    found = XenHost().open_source("web")
+    description = found.description
+    assert (description.name, description.domid, description.vcpus) == ("web", DOMID, 2)
+    assert description.pages == world.rig.pages
+    detail = json.loads(json.dumps(description.detail))
+    assert detail["static"] == {str(ACPI_GFN): bytes(world.rig.guest.page(ACPI_GFN)).hex()}
+    assert detail["special"] == [STORE_GFN, CONSOLE_GFN]
+    assert detail["ports"] == [1, 2]
+    assert detail["params"] == {"1": STORE_GFN, "17": CONSOLE_GFN, "36": 8}
+    assert detail["holes"] == []
+    assert [(nic.devid, nic.vif, nic.mac, nic.bridge) for nic in found.nics] == [
+        (0, "vif3.0", "aa:bb:cc:dd:ee:ff", "xenbr0")
+    ]
+    assert world.rig.guest.pauses == 0
+    assert not world.primary.mapped
+    assert not world.primary.buffers
+    assert not world.rig.guest.logging
+
+
+def test_a_guest_is_found_by_its_number_too(world: World) -> None:
+    assert XenHost().open_source(str(DOMID)).description.name == "web"
+    with pytest.raises(UnsupportedGuest, match="no domain 'db' on this host"):
+        XenHost().open_source("db")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "reason"),
+    [
+        ("c_info", {"type": "pv"}, "is a PV guest .* no dirty log"),
+        ("c_info", {"type": "hvm"}, "is a HVM guest .* emulated devices"),
+        ("b_info", {"max_memkb": 5 << 20}, "expected at most 4032 MiB"),
+        ("", {"disks": [{}]}, "has a disk"),
+        ("", {"pcidevs": [{}]}, "has a passed-through PCI device"),
+    ],
+)
+def test_guests_that_cannot_be_protected(
+    world: World, section: str, changes: dict[str, Any], reason: str
+) -> None:
+    (world.config[section] if section else world.config).update(changes)
+    with pytest.raises(UnsupportedGuest, match=reason):
+        XenHost().open_source("web")
+    assert world.rig.guest.pauses == 0
+    assert not world.rig.guest.logging
+
+
+@pytest.mark.parametrize(("flags", "reason"), [(0x106, "is not running"), (2, "without hardware")])
+def test_guests_in_a_state_that_will_not_do(world: World, flags: int, reason: str) -> None:
+    world.rig.guest.flags = flags
+    with pytest.raises(UnsupportedGuest, match=reason):
+        XenHost().open_source("web")
+
+
+def test_a_backend_elsewhere(world: World) -> None:
+    world.store.nodes[f"{VIF}/backend"] = "/local/domain/7/backend/vif/3/0"
+    with pytest.raises(UnsupportedGuest, match="backend in another domain"):
+        XenHost().open_source("web")
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["xc_domain_hvm_getcontext", "xenforeignmemory_map2", "xc_hvm_param_get",
+     "xc_cpu_policy_get_size", "xc_domain_get_tsc_info"],
+)  # fmt: skip
+def test_looking_that_fails_leaves_the_guest_as_it_was(world: World, call: str) -> None:
+    world.primary.failing[call] = (0, 1)
+    with pytest.raises(HypervisorError, match=call):
+        XenHost().open_source("web")
+    assert world.rig.guest.pauses == 0
+    assert not world.primary.mapped
+    assert not world.primary.buffers
+
+
+def test_a_guest_that_is_protected_is_not_looked_at_again(world: World) -> None:
+    here = XenHost()
+    protected = here.open_source("web")
+    protected.track()
+    with pytest.raises(CheckpointError, match="domain 'web' is protected"):
+        here.open_source("web")
+    assert world.rig.guest.logging
+    protected.untrack()
+    here.open_source("web").untrack()
+
+
+def test_the_domains_of_a_host(world: World) -> None:
+    assert XenHost().domains() == [(DOMID, "web")]
+    assert XenHost().domain_exists("web")
+    assert not XenHost().destroy_shell("web")
+    world.store.nodes["name"] = "web--kemari"
+    assert not XenHost().domain_exists("web")
+    assert XenHost().destroy_shell("web")
+    assert world.rig.destroyed == [DOMID]
+
+
+# ---- Section: shells ----
+
+
+def test_a_shell_is_the_guest_without_its_memory(world: World) -> None:
+    description, made = world.protect()
+    (stream,) = world.streams
+    assert stream.config["c_info"] == world.config["c_info"] | {"name": "web--kemari"}
+    assert [gfn for batch in stream.batches for gfn in batch] == [
+        *range(world.rig.pages), ACPI_GFN, STORE_GFN, CONSOLE_GFN,
+    ]  # fmt: skip
+    assert stream.params == {1: STORE_GFN, 17: CONSOLE_GFN, 36: 8}
+    assert Context(stream.bodies[9]).vcpus() == [0]
+    assert 8 not in stream.bodies  # both hosts count alike
+    twin = world.standby.domains[DOMID]
+    assert bytes(twin.page(ACPI_GFN)) == bytes(world.rig.guest.page(ACPI_GFN))
+    assert not any(any(twin.page(gfn)) for gfn in (0, DATA, STORE_GFN))
+    made.memory[DATA * PAGE_SIZE : DATA * PAGE_SIZE + 4] = b"here"
+    assert bytes(twin.page(DATA)[:4]) == b"here"
+    assert [nic.vif for nic in made.nics] == ["vif3.0"]
+    assert description.domid == made.domid
+    made.destroy()
+    made.destroy()
+    assert world.rig.destroyed == [DOMID]
+    assert not world.standby.mapped
+
+
+def test_a_host_that_counts_otherwise_emulates_the_guests_clock(world: World) -> None:
+    world.standby.khz = 2 * KHZ
+    world.protect()
+    assert struct.unpack("<IIQII", world.streams[0].bodies[8]) == (2, KHZ, 123, 1, 0)
+
+
+def test_a_number_that_is_taken(world: World) -> None:
+    world.standby.add(DOMID, 1)
+    world.rig.store.nodes["name"] = "web"
+    with pytest.raises(CheckpointError, match=r"'web' exists|number 3 is in use"):
+        world.protect()
+    assert world.streams == []
+
+
+def test_too_little_memory(world: World) -> None:
+    world.standby.free_pages = 2048
+    with pytest.raises(CheckpointError, match=r"has 8 MiB of free memory \(expected 16 MiB\)"):
+        world.protect()
+
+
+def test_other_ports_than_the_guests_are_refused_at_once(world: World) -> None:
+    world.toolstack_params = {2: 2, 18: 1}
+    with pytest.raises(CheckpointError, match=r"event channels \[2, 1\] .*expected \[1, 2\]"):
+        world.protect()
+    assert world.rig.destroyed == [DOMID]
+    assert not world.standby.mapped
+
+
+@pytest.mark.parametrize("works", [0, 1])
+def test_a_shell_that_cannot_be_mapped_is_removed(world: World, works: int) -> None:
+    world.primary.before["xc_domain_get_tsc_info"] = lambda *_: None
+    world.standby.failing["xenforeignmemory_map2"] = (works, 12)
+    with pytest.raises(HypervisorError):
+        world.protect()
+    assert world.rig.destroyed == [DOMID]
+    assert not world.standby.mapped
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "accepted"),
+    [
+        ("4.17", "4.17", True),
+        ("4.17", "4.20", True),
+        ("4.20", "4.17", False),
+        ("4.9", "4.20", False),
+    ],
+)
+def test_guests_of_a_newer_xen_are_refused(
+    world: World, theirs: str, ours: str, accepted: bool
+) -> None:
+    world.primary.release.name, world.standby.release.name = theirs, ours
+    if accepted:
+        world.protect()
+        assert world.streams[0].xen == tuple(map(int, theirs.split(".")))
+    else:
+        with pytest.raises(CheckpointError, match=rf"runs Xen {theirs} \(expected {ours} or"):
+            world.protect()
+        assert world.streams == []
+
+
+def test_a_guest_of_another_driver(world: World) -> None:
+    other = Description("web", "u", 1, 1, 1, "memory")
+    with pytest.raises(CheckpointError, match="the driver 'memory'"):
+        XenHost().create_shell(other)
+
+
+def test_a_shell_that_could_not_be_destroyed_can_be_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _description, made = world.protect()
+
+    def broken(_domid: int) -> None:
+        raise CheckpointError("xl destroy failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toolstack, "destroy", broken)
+        with pytest.raises(CheckpointError, match="xl destroy failed"):
+            made.destroy()
+    made.destroy()
+    assert world.rig.destroyed == [DOMID]

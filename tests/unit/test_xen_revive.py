@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest's life on another host: what a revival does, and what it leaves when it fails."""
+
+from __future__ import annotations
+
+import copy
+import os
+import struct
+
+import pytest
+
+from checkpoint.driver import PAGE_SIZE
+from checkpoint.errors import ReviveError
+from checkpoint.xen import revive, shell
+from checkpoint.xen.context import Context
+from checkpoint.xen.host import XenHost
+from checkpoint.xen.shell import XenShell
+from tests.unit.xen_guest import CONSOLE_GFN, DOMID, STORE_GFN, VIF
+from tests.unit.xen_machine import Port
+from tests.unit.xen_world import NEW_TIME, OLD_TIME, STUB, World
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+# ---- Section: revival ----
+
+
+def prepared(world: World) -> XenShell:
+    """A shell that holds the guest's last epoch."""
+    _description, made = world.protect()
+    world.capture()
+    world.apply(made)
+    return made
+
+
+def test_a_guest_comes_to_life(world: World) -> None:
+    made = prepared(world)
+    made.revive(world.state, elapsed_ns=7_000_000)
+    twin = world.standby.domains[DOMID]
+    assert twin.pauses == 0
+    # every port has its number, its kind and its vCPU
+    assert world.machine.ports == {
+        1: Port("unbound", 0),
+        2: Port("unbound", 0),
+        3: Port("virq", 0, 0),
+        4: Port("ipi", 0, 1),
+    }
+    # xenstored knows the guest's watches, and the ring is as the guest left it
+    assert world.ring is not None
+    assert [path for path, _token in world.ring.watches] == list(world.rig.kernel.options.watches)
+    assert bytes(twin.page(STORE_GFN)) == bytes(world.rig.guest.page(STORE_GFN))
+    # the stub left nothing behind
+    for gfn in range(STUB, STUB + 5):
+        assert bytes(twin.page(gfn)) == world.pages[gfn]
+    # vCPUs are the captured ones, later by what has passed
+    old, new = Context(world.rig.guest.context), Context(twin.context)
+    assert new.vcpus() == [0, 1]
+    assert new.vcpu(1).rip == old.vcpu(1).rip
+    passed = new.vcpu(1).tsc - old.vcpu(1).tsc
+    assert 7_000_000 <= passed < 60 * 10**9
+    assert twin.params[0] == 2 << 56 | 0xF3
+    # Xen's own pages are where the guest has them
+    info = world.rig.layout.shared_info // PAGE_SIZE
+    assert twin.placed[info] == (0, 0)
+    assert twin.placed[world.rig.layout.grants.gfns[0]] == (1, 0)
+    assert int.from_bytes(twin.page(info)[2048:2560], "little") == 0b11110
+    # backends were told to attach, and by whom
+    assert world.store.nodes[f"{VIF}/state"] == "4"
+    assert world.store.nodes[f"{VIF}/tx-ring-ref"] == "8"
+    assert world.store.nodes["data/note"] == "caf\xe9"
+    assert "memory/target" not in world.store.written
+    assert f"{VIF}/backend" not in world.store.written
+    assert world.store.written[-1] == "kemari"
+    made.settle()
+    assert world.renamed == [(DOMID, "web")]
+    assert not world.standby.mapped
+    assert not world.standby.resources
+
+
+def test_grants_are_restored_unused_but_for_the_toolstacks(world: World) -> None:
+    made_entries = {5: (1 | 0x18, 0x310), 300: (1 | 0x10 | 4, 0x311)}
+    for reference, (flags, gfn) in made_entries.items():
+        world.rig.guest.grant(reference, gfn, flags)
+    world.rig.guest.grant(0, 0x99)
+    made = prepared(world)
+    twin = world.standby.domains[DOMID]
+    twin.grant(0, CONSOLE_GFN)
+    twin.grant(1, STORE_GFN)
+    made.revive(world.state, 0)
+    entries = list(struct.iter_unpack("<HHI", twin.grants[:PAGE_SIZE]))
+    assert entries[0] == (1, 0, CONSOLE_GFN)
+    assert entries[1] == (1, 0, STORE_GFN)
+    assert entries[5] == (1, 0, 0x310)
+    assert entries[300] == (1 | 4, 0, 0x311)
+    assert entries[8] == (1, 0, 0x300)
+
+
+def test_the_guests_clock_goes_on(world: World) -> None:
+    made = prepared(world)
+    clock = world.rig.layout.clock
+
+    def offset() -> int:
+        return int.from_bytes(made.memory[clock.sched_clock_offset :][:8], "little")
+
+    before = offset()
+    made.revive(world.state, elapsed_ns=5_000_000_000)
+    # at the capture OLD_TIME + 1 ms; now NEW_TIME and the ticks since the stub's time was written
+    moved = (offset() - before + (1 << 63)) % (1 << 64) - (1 << 63)
+    expected = NEW_TIME - (OLD_TIME + 1_000_000 + 5_000_000_000)
+    assert abs(moved - expected) < 60 * 10**9
+    assert moved < 0
+
+
+def test_every_vcpu_gets_its_events_raised(world: World) -> None:
+    made = prepared(world)
+    made.revive(world.state, 0)
+    for cpu in world.rig.layout.cpus:
+        info = bytes(made.memory[cpu.vcpu_info : cpu.vcpu_info + 64])
+        assert info[0] == 1
+        assert info[8:16] == b"\xff" * 8
+
+
+def test_per_vcpu_vectors_are_registered_and_requested(world: World) -> None:
+    world.rig.guest.params[0] = 1
+    made = prepared(world)
+    made.revive(world.state, 0)
+    vectors = [argument for number, _, argument in world.machine.made if number == 34]
+    assert vectors == [struct.pack("<IB3x", vcpu, 0xF3) for vcpu in (0, 1)]
+    context = world.standby.domains[DOMID].context
+    requested = Context(world.rig.guest.context)
+    for vcpu in (0, 1):
+        requested.request_interrupt(vcpu, 0xF3)
+    at = context.rindex(struct.pack("<HHI", 6, 0, 1024))
+    assert context[at:] == requested.to_bytes()[at:]
+
+
+def test_a_guest_with_more_ports_than_one_run_of_the_stub_can_make(world: World) -> None:
+    world.rig.guest.ports |= {port: (5, port % 2, 0, 0) for port in range(5, 400)}
+    del world.rig.guest.ports[128]
+    made = prepared(world)
+    made.revive(world.state, 0)
+    assert sorted(world.machine.ports) == sorted(world.rig.guest.ports)
+    assert world.stub_runs >= 2
+
+
+def refused(world: World, made: XenShell, reason: str) -> None:
+    """Revival fails, and leaves the shell paused."""
+    with pytest.raises(ReviveError, match=reason):
+        made.revive(world.state, 0)
+    assert world.standby.domains[DOMID].pauses == 1
+
+
+def test_a_port_that_cannot_be_made(world: World) -> None:
+    made = prepared(world)
+    world.machine.ports[3] = Port("unbound", 0)
+    refused(world, made, "made port 4")
+
+
+def test_a_stub_that_does_not_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepared(world)
+    del world.standby.before["xc_domain_unpause"]
+    monkeypatch.setattr(revive, "_STUB_BOUND", 0.01)
+    refused(world, made, "stub did not end within 0.01 s")
+
+
+def test_a_xenstored_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepared(world)
+    monkeypatch.setattr(os, "sched_yield", lambda: None)
+    monkeypatch.setattr(revive, "_STORE_BOUND", 0.01)
+    refused(world, made, "xenstored has not answered the guest's watches")
+
+
+def test_a_backend_that_does_not_connect(world: World) -> None:
+    made = prepared(world)
+    world.store.connects = False
+    refused(world, made, "is in state 2 .expected 4")
+
+
+def test_vifs_that_were_not_connected_are_left_alone(world: World) -> None:
+    world.rig.store.nodes[f"{VIF}/state"] = "6"
+    made = prepared(world)
+    world.store.connects = False
+    made.revive(world.state, 0)
+    assert f"{VIF}/state" not in world.store.written
+
+
+def test_a_port_of_the_toolstack_that_the_guest_has_not(world: World) -> None:
+    del world.rig.guest.ports[2]
+    made = prepared(world)
+    refused(world, made, r"toolstack made event channels \[1, 2\]")
+
+
+def test_a_revived_guest_counts_as_the_guest_before_it_has_its_name(world: World) -> None:
+    made = prepared(world)
+    assert not XenHost().domain_exists("web")
+    made.revive(world.state, 0)
+    assert XenHost().domain_exists("web")
+    assert not XenHost().destroy_shell("web")
+
+
+def test_the_description_is_not_changed(world: World) -> None:
+    description, _made = world.protect()
+    kept = copy.deepcopy(description)
+    world.capture()
+    assert description == kept
+    assert shell.SUFFIX not in str(description.detail["config"])
