@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "--protected", type=float, default=20, metavar="S", help="before each cut (%(default)s)"
     )
     parser.add_argument(
-        "--interval", type=float, default=20, metavar="MS",
+        "--interval", type=float, default=40, metavar="MS",
         help="between two requests of a connection (%(default)s)",
     )  # fmt: skip
     return parser
