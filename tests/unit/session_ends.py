@@ -32,6 +32,9 @@ class BytesShell:
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         raise AssertionError("a session never revives")
 
+    def settle(self) -> None:
+        """Nothing to be named."""
+
     def destroy(self) -> None:
         raise AssertionError("a session never destroys")
 
