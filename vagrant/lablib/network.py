@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab's network: a namespace of its own, which is also the client's place outside the hosts.
 
-Root and ordinary users do the same: a user namespace in which one is root, and a network namespace
-in it.  Nothing is changed in the machine's own network, and any number of labs use the same
-addresses side by side.
+Root makes a network namespace, an ordinary user first a user namespace in which it may.  Nothing is
+changed in the machine's own network, and any number of labs use the same addresses side by side.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class Network:
         # The holder says "ready" from inside and then does nothing for ever; it is in no way tied
         # to the command that started it.
         holder = subprocess.Popen(
-            [*["unshare", "--user", "--map-root-user", "--net", "--", "sh", "-c"], HOLD],
+            [*self._unshare(), "sh", "-c", HOLD],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=(self._folder / "network.log").open("w"),
@@ -99,13 +98,13 @@ class Network:
         assert holder.stdout is not None
         if holder.stdout.readline() != "ready\n":
             raise LabError(
-                "This user may not make a user and network namespace; expected "
-                "`unshare --user --map-root-user --net true` to work.",
+                "This user may not make a network namespace; expected "
+                f"`{' '.join(self._unshare())} true` to work.",
                 (self._folder / "network.log").read_text(),
             )
         self._holder.note(holder.pid)
         try:
-            run([*self.enter(), "ip", "-force", "-batch", "-"], stdin=_commands(), timeout=60)
+            run([*self.enter(), "ip", "-batch", "-"], stdin=_commands(), timeout=60)
         except LabError as error:
             self._holder.kill()
             raise LabError(
@@ -124,7 +123,14 @@ class Network:
         pid = self._holder.pid
         if pid is None:
             raise LabError(f"The lab in {self._folder} is down; `lab up` starts it.")
-        return ["nsenter", "-t", str(pid), "-U", "-n", "--preserve-credentials", "--"]
+        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        return ["nsenter", "--target", str(pid), *user, "--net"]
+
+    @staticmethod
+    def _unshare() -> list[str]:
+        # Root needs no user namespace, and some places (a chroot, say) do not allow one.
+        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        return ["unshare", *user, "--net"]
 
     def set_link(self, host: str, link: str, plugged: bool) -> None:
         """Connect or cut one link of a host, in both directions; its carrier stays on.

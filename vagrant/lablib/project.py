@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
+import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +31,8 @@ SOURCES = (
     "netbuffer",
     "dom0-tools",
 )
+# Looked for, not imported: Debian's setuptools cannot be imported after pip.
+HAS_ALL = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 GENERATED = (".pyc", ".so")
 
 
@@ -72,7 +73,7 @@ def build_wheel(repository: Path, folder: Path) -> Path:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)
                 out = Path(work) / "out"
-                python, options = _builder(folder)
+                python, options = _builder()
                 pip = [python, "-m", "pip", "wheel", "--quiet", "--no-deps"]
                 run([*pip, *options, "--wheel-dir", out, copy])
                 shutil.copytree(out, folder / "new")
@@ -83,20 +84,24 @@ def build_wheel(repository: Path, folder: Path) -> Path:
     return wheels[0]
 
 
-def _builder(folder: Path) -> tuple[str, list[str]]:
-    """An interpreter that has pip, and what pip must be told there."""
-    have = {n for n in ("pip", "setuptools", "wheel") if importlib.util.find_spec(n)}
-    if len(have) == 3:
-        return sys.executable, ["--no-build-isolation"]
-    if "pip" in have:
-        return sys.executable, []
-    try:
-        venv.create(folder / "venv", with_pip=True)
-    except Exception as error:
-        raise LabError(
-            "Building the project's wheel needs pip: apt-get install python3-pip python3-venv"
-        ) from error
-    return str(folder / "venv" / "bin" / "python"), []
+def _builder() -> tuple[str, list[str]]:
+    """An interpreter that can build a wheel, and what pip must be told there.
+
+    What is installed comes first: it needs no package index.
+    """
+    pythons = (sys.executable, "/usr/bin/python3")
+    choices: tuple[tuple[tuple[str, ...], list[str]], ...] = (
+        (("pip", "setuptools", "wheel"), ["--no-build-isolation"]),
+        (("pip",), []),
+    )
+    for modules, options in choices:
+        for python in pythons:
+            if subprocess.run([python, "-c", HAS_ALL, *modules], check=False).returncode == 0:
+                return python, options
+    raise LabError(
+        "Building the project's wheel needs pip: apt-get install --no-install-recommends "
+        "python3-pip python3-setuptools python3-wheel python3-dev"
+    )
 
 
 def project_layer(repository: Path, recipe: Recipe, state: Path) -> dict[str, LayerFile]:

@@ -101,7 +101,9 @@ NEEDED = {
     "openssh-client": ("ssh", "ssh-keygen"),
     # The project's native module is compiled on the way to its wheel.
     "python3-dev": (),
-    "python3-venv": (),
+    "python3-pip": (),
+    "python3-setuptools": (),
+    "python3-wheel": (),
     "qemu-system-x86": ("qemu-system-x86_64",),
     "qemu-utils": ("qemu-img",),
     "util-linux": ("unshare", "nsenter"),
