@@ -205,5 +205,11 @@ class Hypervisor(Protocol):
     def domain_exists(self, name: str) -> bool:
         """Whether a domain of exactly that name lives on this host."""
 
+    def recover(self, name: str) -> None:
+        """Undo what a killed daemon left on the guest ``name``: paused, dirty tracking on.
+
+        Quick, unlike :meth:`open_source`; nothing happens to a guest that has nothing of it.
+        """
+
     def destroy_domain(self, name: str) -> None:
         """Destroy the domain of that name: another host runs it."""

@@ -317,6 +317,12 @@ class MemoryHypervisor:
         """Whether a guest of that name runs."""
         return name in self.guests
 
+    def recover(self, name: str) -> None:
+        """Let a guest run that a killed daemon left paused."""
+        self.reached("recover")
+        if name in self.guests:
+            MemorySource(self, self.guests[name]).unpause()
+
     def destroy_domain(self, name: str) -> None:
         """Destroy a guest."""
         guest = self.guests.pop(name, None)

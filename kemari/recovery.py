@@ -107,20 +107,17 @@ class Recovery:
             if promised
             else f"{record.peer} gives no answer and on_standby_loss is release"
         )
+        if here:
+            await self._let_run()
         await self._reclaim(release=True)
         what = "runs on here UNPROTECTED" if here else "runs on neither host"
         self._note("unprotected", f"{record.guest} {what} ({why})")
-        resolved = await self._put(Role.OWNER, record.generation, why)
-        if here:
-            await self._let_run()
-        return resolved
+        return await self._put(Role.OWNER, record.generation, why)
 
     async def _let_run(self) -> None:
         """A daemon that was killed in the middle of a capture has left the guest paused."""
         try:
-            source = await asyncio.to_thread(self._host.hypervisor.open_source, self.record.guest)
-            await asyncio.to_thread(source.unpause)
-            await asyncio.to_thread(source.untrack)
+            await asyncio.to_thread(self._host.hypervisor.recover, self.record.guest)
         except CheckpointError as error:
             self._note("trouble", f"{self.record.guest} could not be looked at: {error}")
 

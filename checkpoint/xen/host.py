@@ -18,7 +18,7 @@ from checkpoint.xen.control import (
     HVM_PARAM_STORE_PFN,
     Domain,
 )
-from checkpoint.xen.dirty import DirtyLog
+from checkpoint.xen.dirty import DirtyLog, switch_off
 from checkpoint.xen.libs import libraries
 from checkpoint.xen.mapping import Mapping, PresentRam
 from checkpoint.xen.revive import revived_node
@@ -56,6 +56,15 @@ class XenHost:
 
     def domain_exists(self, name: str) -> bool:
         return any(found == name for _domid, found in self.domains())
+
+    def recover(self, name: str) -> None:
+        for domid, found in self.domains():
+            if found == name:
+                switch_off(domid)
+                domain = Domain(domid)
+                info = domain.info()
+                if info is not None and info.paused:
+                    domain.unpause()
 
     def destroy_domain(self, name: str) -> None:
         toolstack.destroy(self._resolve(name))
