@@ -109,16 +109,6 @@ def test_a_pv_guest(world: World) -> None:
         )
 
 
-def test_a_guest_with_a_disk(world: World) -> None:
-    pair = world.unprotected()
-    world.lab.ssh(pair.primary, "truncate -s 1M /root/disk.img")
-    disk = 'disk = ["format=raw, vdev=xvda, access=rw, target=/root/disk.img"]'
-    with paused_domain(world.lab, pair.primary, "withdisk", 'type = "pvh"', disk):
-        refused(
-            world, pair.primary, "start", "withdisk", pair.standby, status=REFUSED, why="has a disk"
-        )
-
-
 def test_a_standby_without_memory_for_the_guest(world: World) -> None:
     pair = world.unprotected()
     room = free_memory(world.lab, pair.standby)
