@@ -265,7 +265,16 @@ def _ram_pages(config: dict[str, Any]) -> int:
     A PVH guest's RAM begins at 0; what lies above is placed by the domain builder or by the guest
     itself (grant table, frames for ballooning) and is handled by name.
     """
-    pages = int(config["b_info"]["max_memkb"]) * 1024 // PAGE_SIZE
+    memory = config["b_info"]
+    most = int(memory["max_memkb"])
+    now = int(memory.get("target_memkb", most))
+    if now < most:
+        # Frames that Xen would yet populate on demand: to map them all can crash the guest.
+        raise UnsupportedGuest(
+            f"the guest has {now} KiB of memory and could have {most} KiB (expected memory and "
+            "maxmem to be the same)"
+        )
+    pages = most * 1024 // PAGE_SIZE
     if pages > _BUILDER_FIRST:
         raise UnsupportedGuest(
             f"the guest has {pages // 256} MiB of memory (expected at most "

@@ -57,7 +57,8 @@ def test_a_guest_is_found_by_its_number_too(world: World) -> None:
     [
         ("c_info", {"type": "pv"}, "is a PV guest .* no dirty log"),
         ("c_info", {"type": "hvm"}, "is a HVM guest .* emulated devices"),
-        ("b_info", {"max_memkb": 5 << 20}, "expected at most 4032 MiB"),
+        ("b_info", {"max_memkb": 5 << 20, "target_memkb": 5 << 20}, "expected at most 4032 MiB"),
+        ("b_info", {"target_memkb": 4096}, "has 4096 KiB of memory and could have 8192 KiB"),
         ("", {"disks": [{}]}, "has a disk"),
         ("", {"pcidevs": [{}]}, "has a passed-through PCI device"),
     ],
@@ -108,6 +109,16 @@ def test_a_guest_that_is_protected_is_not_looked_at_again(world: World) -> None:
     assert world.rig.guest.logging
     protected.untrack()
     here.open_source("web").untrack()
+
+
+def test_what_a_killed_daemon_left_is_set_right(world: World) -> None:
+    guest = world.rig.guest
+    guest.logging, guest.pauses = True, 1
+    XenHost().recover("db")
+    assert (guest.logging, guest.pauses) == (True, 1)
+    for _ in range(2):
+        XenHost().recover("web")
+        assert (guest.logging, guest.pauses) == (False, 0)
 
 
 def test_the_domains_of_a_host(world: World) -> None:

@@ -45,7 +45,7 @@ class World:
         self.store = self.rig.store
         self.config: dict[str, Any] = {
             "c_info": {"type": "pvh", "uuid": "u-u-i-d", "name": "web", "domid": DOMID},
-            "b_info": {"max_memkb": self.rig.pages * 4},
+            "b_info": {"max_memkb": self.rig.pages * 4, "target_memkb": self.rig.pages * 4},
         }
         for module in (dirty, mapping, tables, control, host):
             monkeypatch.setattr(module, "libraries", lambda: self.xen)
