@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoint.driver import PAGE_SIZE
 from checkpoint.errors import HypervisorError
-from checkpoint.xen.libs import Libraries, check, ffi, libraries
+from checkpoint.xen.libs import Libraries, check, ffi, libraries, lowlevel_xc
 
 #: xen/include/public/hvm/params.h
 HVM_PARAM_CALLBACK_IRQ = 0
@@ -201,20 +202,13 @@ class Domain:
 
 def host_khz() -> int:
     """Frequency of this host's time-stamp counter as Xen calibrated it, kHz."""
-    return int(_physinfo().cpu_khz)
+    return int(lowlevel_xc().physinfo()["cpu_khz"])
 
 
 def free_pages() -> int:
     """Pages that Xen could give to a new domain now (free and waiting to be scrubbed)."""
-    info = _physinfo()
-    return int(info.free_pages + info.scrub_pages - info.outstanding_pages)
-
-
-def _physinfo() -> Any:
-    libs = libraries()
-    info = ffi.new("xc_physinfo_t *")
-    check(libs.xc.xc_physinfo(libs.xch, info), "xc_physinfo")
-    return info
+    info = lowlevel_xc().physinfo()
+    return int(info["free_memory"] + info["scrub_memory"]) * 1024 // PAGE_SIZE
 
 
 def list_domids() -> list[int]:

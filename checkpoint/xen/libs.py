@@ -46,14 +46,6 @@ typedef struct {
     uint8_t rest[256];
 } xc_domaininfo_t;
 
-/* struct xen_sysctl_physinfo; rest is room */
-typedef struct {
-    uint32_t threads_per_core, cores_per_socket, nr_cpus, max_cpu_id, nr_nodes, max_node_id;
-    uint32_t cpu_khz, capabilities, arch_capabilities, pad;
-    uint64_t total_pages, free_pages, scrub_pages, outstanding_pages, max_mfn;
-    uint8_t rest[256];
-} xc_physinfo_t;
-
 xc_interface *xc_interface_open(void *logger, void *dombuild_logger, unsigned open_flags);
 int xc_interface_close(xc_interface *xch);
 int xc_domain_pause(xc_interface *xch, uint32_t domid);
@@ -70,7 +62,6 @@ int xc_domain_add_to_physmap(xc_interface *xch, uint32_t domid, unsigned int spa
                              unsigned long idx, xen_pfn_t gpfn);
 int xc_domain_get_tsc_info(xc_interface *xch, uint32_t domid, uint32_t *mode, uint64_t *nsec,
                            uint32_t *khz, uint32_t *incarnation);
-int xc_physinfo(xc_interface *xch, xc_physinfo_t *info);
 long long xc_logdirty_control(xc_interface *xch, uint32_t domid, unsigned int sop,
                               xc_hypercall_buffer_t *bitmap, unsigned long pages,
                               unsigned int mode, void *stats);

@@ -241,12 +241,9 @@ class FakeXen:
         mode[0], nsec[0], khz[0], incarnation[0] = 2, 123, self.khz, 1
         return 0
 
-    def _xc_physinfo(self, _xch: Any, info: Any) -> int:
-        raw = memory_at(int(ffi.cast("uintptr_t", info)), 80)
-        raw[:] = struct.pack(
-            "<10I5Q", 1, 2, 2, 1, 1, 0, self.khz, 0, 0, 0, 1 << 21, self.free_pages, 30, 10, 0
-        )
-        return 0
+    def physinfo(self) -> dict[str, Any]:
+        """As ``xen.lowlevel.xc`` answers; memory in KiB."""
+        return {"cpu_khz": self.khz, "free_memory": 4 * self.free_pages, "scrub_memory": 4 * 30}
 
     def _xc_domain_maximum_gpfn(self, _xch: Any, domid: int, out: Any) -> int:
         out[0] = max(self.domains[domid].places)

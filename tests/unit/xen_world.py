@@ -51,6 +51,7 @@ class World:
             monkeypatch.setattr(module, "libraries", lambda: self.xen)
         for module in (source, host, revive):
             monkeypatch.setattr(module, "Store", lambda: self.store.connect())
+        monkeypatch.setattr(control, "lowlevel_xc", lambda: self.xen)
         monkeypatch.setattr(toolstack, "configuration", lambda _domid: self.config)
         monkeypatch.setattr(toolstack, "restore_paused", self.restore)
         self.renamed: list[tuple[int, str]] = []
