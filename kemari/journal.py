@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Journal:
         self._host = host
         self._limit = limit
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
+        self._looked = False
 
     def note(self, guest: str, event: str, text: str, **figures: Any) -> None:
         """Record a decision; also goes to the daemon's own log.
@@ -58,11 +60,22 @@ class Journal:
 
     def _append(self, line: str) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with self._path.open("a+b") as file:
+            if not self._looked and self._torn(file):
+                file.write(b"\n")
+            self._looked = True
+            file.write(line.encode())
             full = file.tell() >= self._limit
         if full:
             self._path.replace(self._path.with_name(self._path.name + ".1"))
+
+    @staticmethod
+    def _torn(file: BinaryIO) -> bool:
+        """Whether the file's last line has no end: a power cut leaves part of one, or zeros."""
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
     def listen(self, listener: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """Call ``listener`` with each new entry; returns a function that ends it."""

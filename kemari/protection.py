@@ -24,7 +24,7 @@ from kemari import actions as act
 from kemari.config import Address, Options
 from kemari.copying import Progress, base_copy
 from kemari.cycle import Cycle
-from kemari.endings import PATIENCE, Ending, ask_standby
+from kemari.endings import PATIENCE, STOP_PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.host import Host, first_of, in_thread
@@ -448,7 +448,7 @@ class Protection:
         if self._sender is None or self._sender.link.closed:
             return False
         try:
-            async with asyncio.timeout(self._host.config.heartbeat * PATIENCE):
+            async with asyncio.timeout(STOP_PATIENCE):
                 if self._cycle is not None and self._cycle.sending is not None:
                     await asyncio.wait({self._cycle.sending})
                 await self._sender.stop(why)

@@ -209,3 +209,17 @@ def test_watchdog_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watchdog_interval() == 0.0
     monkeypatch.setenv("WATCHDOG_USEC", "soon")
     assert watchdog_interval() == 0.0
+
+
+@pytest.mark.parametrize("tail", [b'{"time":1,"ev', bytes(300)])
+def test_what_is_noted_after_a_power_cut_can_be_read(tmp_path: Path, tail: bytes) -> None:
+    """The last line of before was not written whole, or its place holds zeros."""
+    path = tmp_path / "events.jsonl"
+    Journal(path, "a").note("web", "start", "before")
+    with path.open("ab") as file:
+        file.write(tail)
+    journal = Journal(path, "a")
+    journal.note("web", "daemon", "after")
+    journal.note("web", "stop", "later")
+    assert [entry["text"] for entry in journal.read()] == ["before", "after", "later"]
+    assert path.read_bytes().splitlines()[1] == tail
