@@ -79,17 +79,17 @@ def create(description: Description) -> XenShell:
     :raise CheckpointError: not enough memory, name or number taken, toolstack failure
     """
     detail: dict[str, Any] = description.detail
-    domain = Domain(description.domid)
-    if domain.info() is not None:
-        raise CheckpointError(
-            f"domain number {description.domid} is in use on the standby (expected to be free: a "
-            "guest remembers its own)"
-        )
     needed = description.pages + description.pages // _OVERHEAD_SHARE + _OVERHEAD_PAGES
     free = control.free_pages()
     if needed > free:
         raise CheckpointError(
             f"the standby has {free // 256} MiB of free memory (expected {needed // 256} MiB)"
+        )
+    domain = Domain(description.domid)
+    if domain.info() is not None:
+        raise CheckpointError(
+            f"domain number {description.domid} is in use on the standby (expected to be free: a "
+            "guest remembers its own)"
         )
     config = copy.deepcopy(detail["config"])
     config["c_info"]["name"] = description.name + SUFFIX
