@@ -215,10 +215,12 @@ class Peers:
             await asyncio.gather(serving, return_exceptions=True)
 
     async def _ask(self, lifeline: Lifeline, guest: str, generation: int, timeout: float) -> Answer:
+        asked = time.monotonic()
         try:
             owner = await lifeline.stand_down(guest, generation, timeout)
         except CheckpointError as error:
-            return Answer(alive=host_is_alive(error))
+            # A standby that beats but has not answered yet is at it: removing a shell takes time.
+            return Answer(alive=host_is_alive(error) or lifeline.link.last_heard > asked)
         return _judge(owner, generation)
 
 

@@ -293,7 +293,9 @@ def test_power_cut_of_the_standby(world: World) -> None:
         settled = time.monotonic()
         status = world.status(pair.primary)
         assert status is not None
-        assert (status["state"], status["protected"]) == ("unprotected", False)
+        # It tries to protect the guest again by itself, in vain for now.
+        assert status["state"] in ("unprotected", "connecting")
+        assert not status["protected"]
 
         mark = events.seen
         world.boot(pair.standby)
