@@ -107,13 +107,19 @@ class StandbySession:
         """
         if self.machine.state in (StandbyState.TAKING_OVER, StandbyState.RUNNING):
             return self.owner()
+        promises: list[bool] = []
+        # Whoever asks may lose patience and close its connection, which ends this call: what was
+        # decided must be done to its end all the same.
+        await asyncio.shield(self._host.spawn(self._stand_down(why, promises), "stand down"))
+        return None if any(promises) else self.owner()
+
+    async def _stand_down(self, why: str, promises: list[bool]) -> None:
         await self._receiver.halt()
         async with self._deciding:
             if not self.machine.over:
                 self.why = why
             actions = await self._do(self.machine.asked_to_stand_down())
-        promised = any(isinstance(action, PromiseStoodDown) for action in actions)
-        return None if promised else self.owner()
+        promises += [isinstance(action, PromiseStoodDown) for action in actions]
 
     async def leave(self, why: str) -> None:
         """The daemon ends: stand down and say so, so that nobody waits for this host."""
