@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The running guest on a Xen primary: dirty tracking and the capture of checkpoints.
 
-The order inside :meth:`XenSource.capture` is the whole point; it is that of ``docs/design``:
+The order inside :meth:`XenSource.capture` is the whole point; it is that of ``docs/xen.md``:
 pause, let the backends answer, close the output epoch, shared pages ("rings") before the dirty log,
 the log before data, run on.  Backends write data first and the ring after, so this order can only
 give a snapshot in which an answer is missing, never one in which data is.  vCPUs do not change

@@ -7,7 +7,6 @@ import errno
 import queue
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyxs
@@ -119,8 +118,3 @@ class Store:
             return seen
 
         return changed
-
-
-def xenstored_running(socket: Path = Path("/var/run/xenstored/socket")) -> bool:
-    """Whether xenstored's socket is there."""
-    return socket.exists()

@@ -17,7 +17,7 @@ from pyxs.exceptions import PyXSError
 
 from checkpoint.errors import CheckpointError
 from checkpoint.xen import toolstack
-from checkpoint.xen.store import Store, xenstored_running
+from checkpoint.xen.store import Store
 
 # ---- Section: xl ----
 
@@ -252,9 +252,3 @@ def test_watching_for_changes(client: Any) -> None:
     client.write(b"/local/domain/3/a", b"2")
     assert changed()
     assert not changed()
-
-
-def test_whether_xenstored_runs(tmp_path: Path) -> None:
-    assert not xenstored_running(tmp_path / "socket")
-    (tmp_path / "socket").touch()
-    assert xenstored_running(tmp_path / "socket")
