@@ -123,6 +123,11 @@ class Source(Protocol):
         A copy may be torn; then its frame is in a later round or capture.
         """
 
+    def prepared(self) -> bool:
+        """Whether a capture would begin at once; otherwise it has to find out first what the guest
+        has changed about its devices, which takes a while (the guest runs meanwhile).
+        """
+
     def capture(
         self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
     ) -> Captured:

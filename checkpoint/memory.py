@@ -151,6 +151,10 @@ class MemorySource:
             staging.data[place * PAGE_SIZE : (place + 1) * PAGE_SIZE] = page
             staging.count = place + 1
 
+    def prepared(self) -> bool:
+        """Always: there is nothing to find out."""
+        return True
+
     def capture(
         self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
     ) -> Captured:

@@ -25,8 +25,8 @@ from kemari.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
-#: Captures of at most this many pages run in the loop's thread: handing one to another thread costs
-#: more than it takes.
+#: Captures of at most this many pages, prepared ones, run in the loop's thread: handing one to
+#: another thread costs more than it takes.
 INLINE_PAGES: Final = 1024
 #: Pages that the staging buffer holds at first (8 MiB); it grows when a capture needs more.
 STAGING_PAGES: Final = 2048
@@ -186,7 +186,7 @@ class Cycle:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._pages_before <= INLINE_PAGES:
+        if self._pages_before <= INLINE_PAGES and self._source.prepared():
             self._captured(number, self._capture_now(keep_paused))
         else:
             self._capturing = self._keeper.spawn(

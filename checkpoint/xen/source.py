@@ -75,8 +75,7 @@ class XenSource:
         with ExitStack() as held:
             self._store = Store()
             held.callback(self._store.close)
-            self._base = f"/local/domain/{domid}"
-            self._store_changed = self._store.watch(self._base)
+            self._following = self._store.follow(f"/local/domain/{domid}")
             self._stale = True
             self._log = DirtyLog(domid, self._pages)
             held.callback(self._log.close)
@@ -130,10 +129,9 @@ class XenSource:
     def _refresh(self) -> None:
         """Read again what the guest negotiated with its backends, if it changed."""
         self._check_size()
-        if self._store_changed():
+        if self._following.changed() or self._stale:
             self._stale = True
-        if self._stale:
-            self._tree = self._store.tree(self._base)
+            self._tree = self._following.tree()
             _events, frames = self._tables.read()
             self._map_grants(frames)
             self._rings = rings.net_rings(self._tree, self._grants.view)
@@ -207,6 +205,9 @@ class XenSource:
 
     # ---- Section: capture ----
 
+    def prepared(self) -> bool:
+        return not (self._stale or self._following.changed())
+
     def capture(
         self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
     ) -> Captured:
@@ -255,8 +256,7 @@ class XenSource:
             raise NotQuiescent("the guest was paused while it updated its clock")
         if not (rings.xenstore_empty(store_page) and xenstore_at_rest(self._memory, self._layout)):
             raise NotQuiescent("the guest was paused in a conversation with xenstore")
-        if self._store_changed():
-            self._stale = True
+        if self._following.changed():
             raise NotQuiescent("the guest's part of xenstore has just changed")
         if self._fifo_count() != self._fifo_pages:
             raise NotQuiescent("the guest has just added a page of event channels")

@@ -66,13 +66,17 @@ class Store:
         pending = [""]
         while pending:
             relative = pending.pop()
-            for name in self.children(f"{top}/{relative}" if relative else top):
+            for name in self.children(_join(top, relative)):
                 path = f"{relative}/{name}" if relative else name
                 value = self.read(f"{top}/{path}")
                 if value is not None:
                     found[path] = value
                     pending.append(path)
         return found
+
+    def follow(self, top: str) -> Following:
+        """A copy of everything below ``top`` that is kept up to date."""
+        return Following(self, self._client.monitor(), top)
 
     def wait(
         self, path: str, satisfied: Callable[[str | None], bool], timeout: float
@@ -100,21 +104,57 @@ class Store:
         finally:
             monitor.unwatch(path.encode(), token.encode())
 
-    def watch(self, path: str) -> Callable[[], bool]:
-        """Watch everything below ``path``.
 
-        :return: a function that tells whether anything changed since it was last called; the
-            first call says yes
+class Following:
+    """A copy of a part of the store; a change costs what changed, not what there is.
+
+    :param monitor: of pyxs
+    :param top: path of the part
+    """
+
+    def __init__(self, store: Store, monitor: Any, top: str) -> None:
+        self._store = store
+        self._top = top
+        self._tree: dict[str, str] = {}
+        self._stale: set[str] = set()
+        self._events = monitor.events
+        # Fires once at once, for the whole part (docs/misc/xenstore.txt).
+        monitor.watch(top.encode(), b"kemari-changes")
+
+    def changed(self) -> bool:
+        """Whether the copy is out of date."""
+        while not self._events.empty():
+            path = self._events.get().path.decode("latin-1")
+            self._stale.add(path.removeprefix(self._top).strip("/"))
+        return bool(self._stale)
+
+    def tree(self) -> dict[str, str]:
+        """As :meth:`Store.tree`, up to date but for what :meth:`changed` reports after it.
+
+        :raise CheckpointError: the store cannot be read; the next call tries again
         """
-        monitor = self._client.monitor()
-        monitor.watch(path.encode(), b"kemari-changes")
-        events = monitor.events
+        self.changed()
+        tree = dict(self._tree)
+        for path in sorted(self._stale):
+            # Of a part that went only the topmost node fires, of one that came only the lowest.
+            for known in [name for name in tree if not path or f"{name}/".startswith(f"{path}/")]:
+                del tree[known]
+            missing = [*_ancestors(path), path] if path else []
+            for name in (name for name in missing if name not in tree):
+                value = self._store.read(f"{self._top}/{name}")
+                if value is not None:
+                    tree[name] = value
+            below = self._store.tree(_join(self._top, path))
+            tree |= {_join(path, name): value for name, value in below.items()}
+        self._tree = tree
+        self._stale.clear()
+        return dict(tree)
 
-        def changed() -> bool:
-            seen = False
-            while not events.empty():
-                events.get()
-                seen = True
-            return seen
 
-        return changed
+def _ancestors(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _join(top: str, relative: str) -> str:
+    return f"{top}/{relative}" if top and relative else top or relative

@@ -239,8 +239,11 @@ def test_power_cuts_while_talking_to_and_fro(world: World) -> None:
             protected = time.monotonic()
             talk.wait_answers(2 * SOME)
             seen = talk.seen
+            there = world.events(pair.standby)
+            mark = there.seen
             at = world.cut(pair.primary)
             talk.wait_resumed(at, since=seen)
+            there.wait("takeover", since=mark)  # the guest answers before it has its own name
             talk.wait_answers(SOME)
             cuts.append(Cut(protected, at, settled=time.monotonic()))
             world.moves += 1

@@ -6,9 +6,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from checkpoint.driver import Captured
+from checkpoint.memory import MemorySource
 from kemari.errors import KemariError, NoSuchProtection, PeerUnreachable, Refused
 from tests.unit.kemari_pair import Pair, await_true
 
@@ -39,6 +42,30 @@ def test_a_capture_that_fails_late_closes_its_output_once(tmp_path: Path) -> Non
             pair.talk(3)
         pair.a.power_cut()
         pair.talk(3)
+        pair.check_answers()
+
+
+def test_what_takes_a_while_does_not_stop_the_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture that has to find out about changed devices first runs beside the event loop."""
+    captured_in: set[str] = set()
+    capture = MemorySource.capture
+
+    def noted(source: MemorySource, *given: Any, **more: Any) -> Captured:
+        captured_in.add(threading.current_thread().name)
+        return capture(source, *given, **more)
+
+    monkeypatch.setattr(MemorySource, "capture", noted)
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        loop_thread = captured_in.copy()
+        monkeypatch.setattr(MemorySource, "prepared", lambda _source: False)
+        pair.talk(1)
+        captured_in.clear()
+        pair.talk(3)
+        assert not captured_in & loop_thread
         pair.check_answers()
 
 

@@ -242,13 +242,79 @@ def test_waiting_in_vain(client: Any) -> None:
     assert client.watched == []
 
 
-def test_watching_for_changes(client: Any) -> None:
-    connection = Store()
-    changed = connection.watch("/local/domain/3")
-    client.events.put("the first event of every watch")
-    assert changed()
-    assert not changed()
-    client.write(b"/local/domain/3/a", b"1")
-    client.write(b"/local/domain/3/a", b"2")
-    assert changed()
-    assert not changed()
+TOP = "/local/domain/3"
+
+
+def touch(client: Any, path: str, value: str | None) -> None:
+    """Somebody writes or removes a node, and its watch fires."""
+    full = f"{TOP}/{path}".encode()
+    if value is None:
+        for node in [node for node in client.nodes if (node + b"/").startswith(full + b"/")]:
+            del client.nodes[node]
+    else:
+        client.nodes[full] = value.encode()
+    client.events.put(SimpleNamespace(path=full, token=b"kemari-changes"))
+
+
+def test_following_a_part_of_the_store(client: Any) -> None:
+    client.nodes = {f"{TOP}/{path}".encode(): b"" for path in ("device/vif/0/state", "name")}
+    store = Store()
+    following = store.follow(TOP)
+    assert client.watched == [(TOP.encode(), b"kemari-changes")]
+    client.events.put(SimpleNamespace(path=TOP.encode(), token=b"kemari-changes"))
+    assert following.changed()
+    assert following.changed()  # until the copy was brought up to date
+    assert following.tree() == store.tree(TOP)
+    assert not following.changed()
+    for path, value in (
+        ("name", "web"),
+        ("device/vif/0/state", "4"),
+        ("device/vbd/51712/state", "1"),
+        ("device/vif", None),
+        ("device/vif/1/state", "1"),
+        ("devices", "2"),
+        ("device", None),
+        ("never/was", None),
+    ):
+        touch(client, path, value)
+        assert following.changed()
+        assert following.tree() == store.tree(TOP)
+        assert not following.changed()
+
+
+def test_a_change_costs_what_changed(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.nodes = {f"{TOP}/device/vif/{n}/state".encode(): b"4" for n in range(100)}
+    following = Store().follow(TOP)
+    client.events.put(SimpleNamespace(path=TOP.encode(), token=b"kemari-changes"))
+    following.tree()
+    asked: list[bytes] = []
+    check = client._check
+
+    def count(path: bytes) -> None:
+        asked.append(path)
+        check(path)
+
+    monkeypatch.setattr(client, "_check", count)
+    touch(client, "device/vif/7/state", "5")
+    assert following.tree()["device/vif/7/state"] == "5"
+    assert asked == [f"{TOP}/device/vif/7/state".encode()] * 2
+
+
+def test_a_change_while_the_copy_is_brought_up_to_date_is_seen(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.nodes = {f"{TOP}/name".encode(): b"web"}
+    following = Store().follow(TOP)
+    client.events.put(SimpleNamespace(path=TOP.encode(), token=b"kemari-changes"))
+    listed = client.list
+
+    def list_then_change(path: bytes) -> Any:
+        found = listed(path)
+        monkeypatch.setattr(client, "list", listed)
+        touch(client, "late", "1")
+        return found
+
+    monkeypatch.setattr(client, "list", list_then_change)
+    assert following.tree() == {"name": "web"}
+    assert following.changed()
+    assert following.tree() == {"name": "web", "late": "1"}

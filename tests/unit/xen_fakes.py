@@ -446,10 +446,6 @@ class FakeStore:
         """End one connection."""
         self.open -= 1
 
-    def tree(self, _top: str) -> dict[str, str]:
-        """A copy of the tree."""
-        return dict(self.nodes)
-
     def read(self, path: str) -> str | None:
         """As ``Store.read``."""
         if path.startswith(self._base):
@@ -485,11 +481,22 @@ class FakeStore:
         self.nodes[path] = value
         self.changed = True
 
-    def watch(self, _path: str) -> Callable[[], bool]:
-        """As ``Store.watch``."""
+    def follow(self, _top: str) -> FakeFollowing:
+        """As ``Store.follow``."""
+        return FakeFollowing(self)
 
-        def changed() -> bool:
-            seen, self.changed = self.changed, False
-            return seen
 
-        return changed
+class FakeFollowing:
+    """In the place of ``checkpoint.xen.store.Following``."""
+
+    def __init__(self, store: FakeStore) -> None:
+        self._store = store
+
+    def changed(self) -> bool:
+        """As ``Following.changed``."""
+        return self._store.changed
+
+    def tree(self) -> dict[str, str]:
+        """As ``Following.tree``."""
+        self._store.changed = False
+        return dict(self._store.nodes)
