@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.faultpoints import GOT, PUT, reach
 from checkpoint.hello import Hello
 from checkpoint.wire import (
     SPECS,
@@ -208,6 +209,7 @@ class Link(asyncio.BufferedProtocol):
         """
         if self.closed:
             raise self.error()
+        reach(PUT[frame_type])
         buffers, crc = encode_frame(frame_type, payload, flags=flags, epoch=epoch)
         self._pending += buffers
         self._pending_size += len(payload)
@@ -339,6 +341,7 @@ class Link(asyncio.BufferedProtocol):
         :raise ProtocolError: it must not come on this connection, or not now
         """
         spec = SPECS[frame.type]
+        reach(GOT[frame.type])
         if frame.type is FrameType.ERROR:
             fields = decode_json(frame)
             self.end(PeerRefused(fields.text("code"), fields.text("message")))

@@ -6,6 +6,11 @@ pages, so that a test can tell from any answer whether a request was lost, repea
 The machine state carries a second copy of the service's counter: a shell revived with pages of one
 epoch and state of another refuses to run.
 
+Requests reach it as packets reach a Xen guest: a backend writes each into a page that the guest has
+granted, then moves the producer index of a shared ring, and the dirty log sees neither.  So a
+capture that copies data before rings, or leaves out granted pages, is found by what the guest
+answers after a failover.
+
 Named points (:attr:`MemoryHypervisor.reached`) let a test fail or cut power at every step.
 """
 
@@ -23,9 +28,14 @@ from hashlib import blake2b
 
 from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent, ReviveError, UnsupportedGuest
+from checkpoint.faultpoints import reach
 
-#: What the service keeps at the start of page 0: answers given, digest of all requests in order.
-_HEAD = struct.Struct("<Q16s")
+#: What the service keeps at the start of page 0: answers given, digest of all requests in order,
+#: requests taken from the ring.
+_HEAD = struct.Struct("<Q16sQ")
+#: The ring page: requests put in so far.  Request N is in granted page N modulo their number.
+_RING = struct.Struct("<Q")
+_GRANTED = 3
 _ANSWER = struct.Struct("<QQ16s")
 #: Requests of this many bytes: their number.
 _REQUEST = struct.Struct("<Q")
@@ -34,7 +44,8 @@ _REQUEST = struct.Struct("<Q")
 class MemoryGuest:
     """A guest: pages, and a service that writes them and sends answers.
 
-    Requests are numbered from 0; the last one may be repeated.
+    Requests are numbered from 0; the last one may be repeated.  The last pages are the ring and
+    those that are granted to the backend.
 
     :param transmit: takes each frame that the guest sends
     :ivar paused: what arrives while it is set waits
@@ -51,6 +62,13 @@ class MemoryGuest:
         self.lock = threading.RLock()
         self._transmit = transmit
         self._inbox: deque[int] = deque()
+        self._ring = description.pages - 1
+        self._granted = range(self._ring - _GRANTED, self._ring)
+
+    @property
+    def shared(self) -> list[int]:
+        """Frames that the backend writes without a trace in the dirty log, the ring last."""
+        return [*self._granted, self._ring]
 
     @property
     def answered(self) -> int:
@@ -70,20 +88,42 @@ class MemoryGuest:
                 self.run()
 
     def run(self) -> None:
-        """Work off what has arrived, unless paused."""
-        while self.alive and not self.paused and self._inbox:
-            number = self._inbox.popleft()
-            answers, digest = _HEAD.unpack_from(self.memory)
-            if number == answers - 1:
-                # Asked again: its answer was lost with another host.  TCP would send it again.
-                self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers, digest))
-                continue
-            digest = blake2b(digest + _REQUEST.pack(number), digest_size=16).digest()
-            _HEAD.pack_into(self.memory, 0, answers + 1, digest)
-            page = 1 + number % (self.description.pages - 1)
-            self.write(page, digest)
-            self.dirty.add(0)
-            self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers + 1, digest))
+        """Let the backend deliver, and work off what is in the ring, unless paused."""
+        while self.alive:
+            self._deliver()
+            if self.paused or not self._take():
+                return
+
+    def _deliver(self) -> None:
+        """The backend's part: data first, then the ring; it goes on while the guest is paused."""
+        (produced,) = _RING.unpack_from(self.memory, self._ring * PAGE_SIZE)
+        taken: int = _HEAD.unpack_from(self.memory)[2]
+        while self._inbox and produced - taken < _GRANTED:
+            place = self._granted[produced % _GRANTED] * PAGE_SIZE
+            _REQUEST.pack_into(self.memory, place, self._inbox.popleft())
+            produced += 1
+            _RING.pack_into(self.memory, self._ring * PAGE_SIZE, produced)
+
+    def _take(self) -> bool:
+        """The guest's part: answer one request from the ring; whether there was one."""
+        answers, digest, taken = _HEAD.unpack_from(self.memory)
+        (produced,) = _RING.unpack_from(self.memory, self._ring * PAGE_SIZE)
+        if taken >= produced:
+            return False
+        place = self._granted[taken % _GRANTED] * PAGE_SIZE
+        number: int = _REQUEST.unpack_from(self.memory, place)[0]
+        self.dirty.add(0)
+        if number == answers - 1:
+            # Asked again: its answer was lost with another host.  TCP would send it again.
+            _HEAD.pack_into(self.memory, 0, answers, digest, taken + 1)
+            self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers, digest))
+            return True
+        digest = blake2b(digest + _REQUEST.pack(number), digest_size=16).digest()
+        _HEAD.pack_into(self.memory, 0, answers + 1, digest, taken + 1)
+        page = 1 + number % (self._granted[0] - 1)
+        self.write(page, digest)
+        self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers + 1, digest))
+        return True
 
     def write(self, page: int, data: bytes) -> None:
         """The guest writes into one of its pages."""
@@ -144,7 +184,7 @@ class MemorySource:
         self._gather(gfns, staging)
 
     def _gather(self, gfns: Iterable[int], staging: Staging) -> None:
-        for place, gfn in enumerate(gfns):
+        for place, gfn in enumerate(gfns, staging.count):
             staging.gfns[place] = gfn
             start = gfn * PAGE_SIZE
             page = self._guest.memory[start : start + PAGE_SIZE]
@@ -168,23 +208,33 @@ class MemorySource:
         with guest.lock:
             if not guest.alive:
                 raise CheckpointError(f"Domain {self.description.name} is gone")
+            reach("pause")
             guest.paused = True
             try:
-                if len(guest.dirty) > staging.capacity:
+                reach("paused")
+                shared = guest.shared
+                if len(guest.dirty.union(shared)) > staging.capacity:
                     raise OverflowError(f"{len(guest.dirty)} pages are dirty")
                 close_output()
                 if self._hypervisor.restless_late > 0:
                     self._hypervisor.restless_late -= 1
                     raise NotQuiescent("the guest is busy after all; expected a pause point")
                 staging.clear()
-                self._gather(sorted(guest.dirty), staging)
+                # Rings before data, as on Xen: the backend goes on while the guest stands still.
+                self._gather(reversed(shared), staging)
+                reach("rings-copied")
+                written = sorted(guest.dirty.difference(shared))
                 guest.dirty.clear()
+                reach("log-read")
+                self._gather(written, staging)
+                reach("pages-copied")
                 staging.state = guest.state()
             except BaseException:
                 self.unpause()
                 raise
             if not leave_paused:
                 self.unpause()
+                reach("unpaused")
         return Captured(staging.count, time.monotonic_ns() - started, 0)
 
     def pause(self) -> None:
@@ -230,10 +280,16 @@ class MemoryShell:
             raise ReviveError(
                 f"memory is of answer {self._guest.answered}, state of {saved['answered']}"
             )
+        reach("revive-stub")
+        reach("revive-memory")
         self._guest.clock_offset_ns = saved["clock_ns"] + elapsed_ns - time.monotonic_ns()
+        reach("revive-vcpus")
         name = self._guest.description.name
+        reach("revive-backends")
+        reach("revive-unpause")
         self._hypervisor.shells.pop(name, None)
         self._hypervisor.guests[name] = self._guest
+        self._guest.run()
         self._hypervisor.reached("revived")
 
     def settle(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from checkpoint.codec import Decoder, Verified
 from checkpoint.driver import PAGE_SIZE, Description, Shell
 from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.faultpoints import reach
 from checkpoint.link import Link, LinkError, PeerRefused, PeerSilent
 from checkpoint.runstate import Runstate
 from checkpoint.wire import Fields, Frame, FrameType, Totals, decode_json
@@ -283,11 +284,13 @@ class Receiver:
             captured_at=self.link.last_heard - age_ns / 1e9,
         )
         await self._standby.committed(committed)
+        reach("epoch-complete")
         # From here the epoch counts: it is applied even if its ACK cannot be sent any more.
         self.committed = committed
         try:
             self.link.put(FrameType.ACK, epoch=epoch)
             await self.link.flush()
+            reach("ack-sent")
         finally:
             await self._apply(epoch)
             self._totals = Totals()
@@ -300,10 +303,12 @@ class Receiver:
             await self._work(sum(len(batch.body) for batch in staged), self._apply_all, staged)
         except (ValueError, OSError) as error:
             raise ApplyError(f"epoch {epoch} could not be applied: {error}") from error
+        reach("applied")
 
     def _apply_all(self, staged: list[Verified]) -> None:
         assert self.shell is not None
         for batch in staged:
+            reach("apply-batch")
             self._decoder.apply(batch, self.shell.memory)
 
     async def _on_handover(self, frame: Frame) -> None:

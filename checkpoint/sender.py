@@ -12,6 +12,7 @@ from typing import Any
 from checkpoint.codec import Coded
 from checkpoint.driver import Description
 from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.faultpoints import reach
 from checkpoint.link import Link
 from checkpoint.runstate import Runstate, StateError
 from checkpoint.wire import FrameType, Totals
@@ -152,6 +153,7 @@ class Sender:
     async def _commit(self, epoch: int, age_ns: int) -> None:
         self.link.put(FrameType.COMMIT, self._totals.pack(age_ns), epoch=epoch)
         await self.link.flush()
+        reach("commit-sent")
 
     async def _await_ack(self, epoch: int) -> None:
         frame = await self.link.receive()
@@ -175,6 +177,7 @@ class Sender:
         allowed, during = (Runstate.PROTECTING,), Runstate.HANDING_OVER
         async with self._step("handover", allowed, during, Runstate.CLOSED):
             await self.link.send(FrameType.HANDOVER, {"generation": generation}, epoch=self.acked)
+            reach("handover-sent")
             frame, fields = await self.link.expect(FrameType.RUNNING, FrameType.DECLINED)
             if frame.epoch != self.acked:
                 raise ProtocolError(f"{frame.type.name} is of epoch {frame.epoch}")
@@ -194,6 +197,7 @@ class Sender:
         allowed = (Runstate.GREETED, Runstate.BASE, Runstate.PROTECTING)
         async with self._step("stop", allowed, Runstate.STOPPING, Runstate.CLOSED):
             await self.link.send(FrameType.STOP, {"reason": reason})
+            reach("stop-sent")
             await self.link.expect(FrameType.STOPPED)
         await self.link.close()
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from checkpoint.codec import Coded, Encoder
 from checkpoint.driver import Source, Staging
+from checkpoint.faultpoints import reach
 from checkpoint.sender import Sender
 from kemari.host import in_thread
 
@@ -78,6 +79,7 @@ async def base_copy(
                     in_thread(_code_next, source, encoder, chunks, staging)
                 )
                 progress.wire_bytes += await sender.send_base(batches)
+                reach("base-sent")
                 progress.done += pages
                 progress.total = max(progress.total, progress.done)
                 progress.seconds = time.monotonic() - started

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 from checkpoint.codec import Coded, Encoder
 from checkpoint.driver import Captured, Source, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent
+from checkpoint.faultpoints import reach
 from checkpoint.sender import Sender
 from kemari.actions import Actions
 from kemari.epoch import Primary
@@ -176,10 +177,12 @@ class Cycle:
     def release(self) -> None:
         """Let the output of the acknowledged epoch leave."""
         self._closed = False
+        reach("release")
         try:
             self._output.release_epoch()
         except Exception as error:  # noqa: BLE001 - as in _on_frame
             self._output_broke(error)
+        reach("released")
 
     def capture(self, number: int, keep_paused: bool) -> None:
         """Take a checkpoint, here or in a thread."""
@@ -200,6 +203,7 @@ class Cycle:
 
     def _capture_now(self, keep_paused: bool) -> Captured | Exception:
         self._captured_ns = time.monotonic_ns()
+        reach("capture")
         try:
             return self._source.capture(self._staging, self._close_output, leave_paused=keep_paused)
         except Exception as error:  # noqa: BLE001 - judged by the caller, in the loop's thread
@@ -211,14 +215,17 @@ class Cycle:
             # this one, and its frames go on asking for that one.
             return
         # Frames that were seen until now belong to the epoch that is closed: no new trigger.
+        reach("output-close")
         self._output.drain()
         self._output.close_epoch()
+        reach("output-closed")
         self._closed = True
 
     def _captured(self, number: int, outcome: Captured | Exception) -> None:
         keeper = self._keeper
         match outcome:
             case Captured():
+                reach("captured")
                 self._retry_delay = RETRY
                 self._restless_since = 0.0
                 self._pages_before = outcome.pages

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from checkpoint.driver import Source
+from checkpoint.faultpoints import reach
 from kemari.config import Address
 from kemari.epoch import LetGoReason
 from kemari.host import Host
@@ -71,10 +72,14 @@ class Ending:
         self, source: Source, output: Output, standby: str, why: str, reason: LetGoReason
     ) -> None:
         """Nobody else runs this guest: let its output pass, remove what protection has built."""
+        reach("let-go")
         await self.record(role=Role.OWNER, reason=why)
+        reach("let-go-recorded")
         await self.attempt("unpause", source.unpause)
         await self.attempt("release output", output.release_all)
+        reach("let-go-released")
         await self.attempt("remove the output buffer", output.teardown, drop=False)
+        reach("let-go-done")
         await self.attempt("end tracking", source.untrack)
         ground = {
             LetGoReason.NOTHING_SENT: "the standby has nothing of it",
@@ -90,13 +95,17 @@ class Ending:
 
     async def abandon(self, source: Source, output: Output, standby: str, generation: int) -> None:
         """The standby runs the guest: nothing that this copy did since may ever be seen."""
+        reach("abandon")
         await self.record(
             role=Role.MOVED, generation=generation, reason=f"{standby} runs it", came_from=""
         )
+        reach("abandon-recorded")
         await self.attempt("pause", source.pause)
         # Not untrack: it lets the guest run on.
         await self.attempt("destroy the stale copy", source.destroy)
+        reach("abandon-destroyed")
         await self.attempt("drop held output", output.teardown, drop=True)
+        reach("abandon-done")
         self.note(
             "moved",
             f"{standby} runs {self._name} since generation {generation}; "

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint.faultpoints import reach
 from kemari.errors import KemariError
 
 #: A record is small; a bigger file is not one.
@@ -212,6 +213,7 @@ def _read(path: Path) -> Record:
 
 
 def _write(path: Path, record: Record) -> None:
+    reach("ledger-write")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -220,9 +222,12 @@ def _write(path: Path, record: Record) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    reach("ledger-synced")
     fresh.replace(path)
+    reach("ledger-renamed")
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+    reach("ledger-written")

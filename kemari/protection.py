@@ -17,6 +17,7 @@ from typing import Any
 from checkpoint.codec import Encoder
 from checkpoint.driver import Source
 from checkpoint.errors import CheckpointError
+from checkpoint.faultpoints import reach
 from checkpoint.link import Link, PeerRefused
 from checkpoint.runstate import StateError
 from checkpoint.sender import Declined, Sender
@@ -273,10 +274,13 @@ class Protection:
             options=options,
             reason="protection started",
         )
+        reach("owner-record")
         await in_thread(self._host.ledger.put, record)
+        reach("owner-recorded")
         output = self._host.network.output(source.nics, self._host.config.buffer_limit)
         self._output = output
         await in_thread(output.setup)
+        reach("output-held")
         interval = self.options.interval_ms / 1000
         self._cycle = Cycle(self, source, output, encoder, sender, interval)
         self._cycle.listen()
@@ -414,6 +418,7 @@ class Protection:
 
     async def _ask(self) -> None:
         """Ask the standby to stand down; over the replication link first, if that still works."""
+        reach("ask")
         holding = self.machine.state is PrimaryState.HOLDING
         heartbeat = self._host.config.heartbeat
         if holding:

@@ -13,6 +13,7 @@ import logging
 from typing import Any
 
 from checkpoint.errors import CheckpointError
+from checkpoint.faultpoints import reach
 from kemari.config import parse_address
 from kemari.endings import PATIENCE, RESTART_PATIENCE
 from kemari.host import Host
@@ -66,6 +67,7 @@ class Recovery:
             f"kemarid was restarted; {record.peer} is asked who owns {record.guest}"
             + (", its output stays held until then" if here else ""),
         )
+        reach("recover-ask")
         answer = await self._ask(here)
         if answer.runs_since:
             return await self._give_up(answer.runs_since, here)
@@ -107,9 +109,11 @@ class Recovery:
             if promised
             else f"{record.peer} gives no answer and on_standby_loss is release"
         )
+        reach("recover-keep")
         if here:
             await self._let_run()
         await self._reclaim(release=True)
+        reach("recover-released")
         what = "runs on here UNPROTECTED" if here else "runs on neither host"
         self._note("unprotected", f"{record.guest} {what} ({why})")
         return await self._put(Role.OWNER, record.generation, why)
@@ -124,12 +128,14 @@ class Recovery:
     async def _give_up(self, generation: int, here: bool) -> Record:
         record, host = self.record, self._host
         why = f"{record.peer} runs it since generation {generation}"
+        reach("recover-give-up")
         resolved = await self._put(Role.MOVED, generation, why)
         if here:
             try:
                 await asyncio.to_thread(host.hypervisor.destroy_domain, record.guest)
             except CheckpointError as error:
                 self._note("trouble", f"the stale copy of {record.guest} is still there: {error}")
+        reach("recover-destroyed")
         await self._reclaim(release=False)
         self._note(
             "moved",
@@ -212,6 +218,7 @@ async def clean(host: Host) -> list[Record]:
 
 async def _stand_down(host: Host, record: Record) -> None:
     """The epochs held here died with the last daemon: remove what is left of the shell."""
+    reach("recover-stand-down")
     try:
         found = await asyncio.to_thread(host.hypervisor.destroy_shell, record.guest)
     except CheckpointError as error:
@@ -219,6 +226,7 @@ async def _stand_down(host: Host, record: Record) -> None:
             record.guest, "trouble", f"a shell of {record.guest} is still there: {error}"
         )
         return
+    reach("recover-stood-down")
     await _put(host, record, role=Role.RELEASED, reason="kemarid was restarted")
     host.journal.note(
         record.guest,

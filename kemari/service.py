@@ -14,7 +14,7 @@ from pathlib import Path
 
 from checkpoint.driver import Hypervisor
 from checkpoint.errors import CheckpointError
-from kemari import __version__, config
+from kemari import __version__, config, faultpoints
 from kemari.daemon import Daemon
 from kemari.errors import KemariError
 from kemari.notify import notify, watchdog_interval
@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = config.load(options.config)
         if options.check:
             return
+        faultpoints.arm_from_environment(settings.paths.run)
         hypervisor, network = open_host(options.hypervisor, settings.host)
         asyncio.run(serve(Daemon(settings, hypervisor, network)))
     except (CheckpointError, KemariError) as error:

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 from checkpoint.driver import Description, Shell
 from checkpoint.errors import CheckpointError, ReviveError
+from checkpoint.faultpoints import reach
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
 from checkpoint.receiver import Committed, Receiver, StaleGeneration
@@ -205,11 +206,14 @@ class StandbySession:
             )
         if await asyncio.to_thread(host.hypervisor.destroy_shell, description.name):
             self.note("cleaned", f"removed an old shell of {self.guest}")
+        reach("shell-build")
         self._shell = await asyncio.to_thread(host.hypervisor.create_shell, description)
+        reach("shell-built")
         try:
             await asyncio.to_thread(host.ledger.put, self._record(generation))
         except KemariError as error:
             raise CheckpointError(str(error)) from error
+        reach("standby-recorded")
         self.why = "first copy under way"
         self.note(
             "standby", f"standing by for {self.guest} of {self.primary}, generation {generation}"
@@ -376,11 +380,13 @@ class StandbySession:
         try:
             if committed.epoch not in (number, number - 1):
                 raise ReviveError(f"epoch {number} is complete, but {committed.epoch} is applied")
+            reach("claim")
             if self.machine.planned:
                 await self._claim(Role.CLAIMED)
             else:
                 # A full disk must not cost the guest; see docs/failure-model.md.
                 await _attempt(self, "record the claim", self._claim(Role.CLAIMED))
+            reach("claimed")
             elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
             await asyncio.to_thread(shell.revive, committed.state, elapsed)
         except Exception as error:
@@ -390,10 +396,12 @@ class StandbySession:
             self.note("failed", self.why)
             return self.machine.revive_failed()
         revived = time.monotonic() - started
+        reach("revived")
         actions = self.machine.revived()
         host.spawn(self._announce(shell), f"{self.guest}: announce")
         # First of all: a daemon that is killed before this takes the guest for a shell.
         await _attempt(self, "record the takeover", self._claim(Role.OWNER))
+        reach("takeover-recorded")
         await _attempt(self, "name the guest", asyncio.to_thread(shell.settle))
         self.note(
             "takeover",
@@ -419,8 +427,10 @@ class StandbySession:
         await asyncio.to_thread(update)
 
     async def _announce(self, shell: Shell) -> None:
+        reach("announce")
         try:
             await self._host.network.announce(shell.nics)
+            reach("announced")
         except Exception as error:  # noqa: BLE001 - the guest runs; its first frame announces it too
             self.note("trouble", f"the addresses of {self.guest} could not be announced: {error}")
 
@@ -433,9 +443,12 @@ class StandbySession:
             await _attempt(self, "record the end", asyncio.to_thread(update))
 
     async def _destroy_shell(self) -> None:
+        reach("promise")
         await self._record_end()
+        reach("promised")
         if self._shell is not None:
             await _attempt(self, "remove the shell", asyncio.to_thread(self._shell.destroy))
+            reach("shell-removed")
             self.note("stood-down", f"no longer stands by for {self.guest}: {self.why}")
         self.over.set()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from checkpoint.driver import PAGE_SIZE, Description
 from checkpoint.errors import ReviveError
+from checkpoint.faultpoints import reach
 from checkpoint.guest.clock import detach_runstate, shift_clock
 from checkpoint.guest.events import event_pages, settle_fifo
 from checkpoint.guest.layout import LinuxLayout
@@ -105,12 +106,14 @@ def revive(
     def elapsed() -> int:
         return elapsed_ns + time.monotonic_ns() - begun
 
+    reach("revive-stub")
     with _mapped(domain, store_page_gfn) as page:
         _run_stub(domain, context, memory, calls, WatchRequests(page, watches), reserved)
         page[:] = state.pages[store_page_gfn]
     with _mapped(domain, console_page_gfn) as page:
         page[:] = state.pages[console_page_gfn]
 
+    reach("revive-memory")
     _place_frames(domain, layout, state, memory)
     _shift(domain, layout, ram, (infos[0], context.vcpu(0).tsc), elapsed)
     fifo.settle(state)
@@ -121,9 +124,12 @@ def revive(
             context.request_interrupt(cpu.vcpu, vector)
     domain.set_param(HVM_PARAM_CALLBACK_IRQ, state.params[HVM_PARAM_CALLBACK_IRQ])
     _advance_tsc(context, elapsed() * description.detail["tsc"][1] // 10**6)
+    reach("revive-vcpus")
     domain.set_context(context.to_bytes())
+    reach("revive-backends")
     _attach_backends(domain.domid, state.store)
     _mark_revived(domain.domid)
+    reach("revive-unpause")
     domain.unpause()
     log.info("guest %s runs after %d ms", description.name, (time.monotonic_ns() - begun) // 10**6)
 

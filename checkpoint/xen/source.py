@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from checkpoint import native
 from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
 from checkpoint.errors import NotQuiescent, UnsupportedGuest
+from checkpoint.faultpoints import reach
 from checkpoint.guest.clock import reads_clock, timekeeping_at_rest
 from checkpoint.guest.events import event_pages
 from checkpoint.guest.layout import LinuxLayout
@@ -214,8 +215,10 @@ class XenSource:
         self._refresh()
         staging.clear()
         begun = time.perf_counter_ns()
+        reach("pause")
         self.pause()
         try:
+            reach("paused")
             context = self._domain.get_context()
             special = {
                 gfn: bytes(self._outside.page(index)) for index, gfn in enumerate(self._special)
@@ -224,10 +227,13 @@ class XenSource:
             self._await_backends()
             close_output()
             state = self._copy_shared(staging, context, special)
+            reach("rings-copied")
             self._copy_dirty(staging)
+            reach("pages-copied")
             pause_ns = time.perf_counter_ns() - begun
             if not leave_paused:
                 self.unpause()
+                reach("unpaused")
             staging.state = self._encoder.encode(state)
         except BaseException:
             if self._log_was_read:
@@ -326,6 +332,7 @@ class XenSource:
     def _copy_dirty(self, staging: Staging) -> None:
         self._log.read_and_clean()
         self._log_was_read = True
+        reach("log-read")
         if self._carried is not None:
             self._merge_carried()
         count = native.subtract(self._found, self._scan(), self._copied_first)
