@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from checkpoint.errors import ProtocolError
 from checkpoint.wire import VERSIONS, Fields
 
 ROLES = ("replicate", "liveness")
+_PULSE_KEY = re.compile(r"([0-9a-f]{64})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Hello:
     :ivar addresses: further addresses, "address:port", at which it accepts liveness connections
     :ivar compression: compressions that it can unpack
     :ivar software: name and version, for people
+    :ivar pulse_key: what its pulses are made with, 64 hexadecimal digits, or "": it sends none
     """
 
     role: str
@@ -33,6 +36,7 @@ class Hello:
     addresses: tuple[str, ...] = ()
     compression: tuple[str, ...] = COMPRESSIONS
     software: str = ""
+    pulse_key: str = ""
 
     def pack(self) -> dict[str, Any]:
         """The keys that HELLO and HELLO_ACK share."""
@@ -44,6 +48,7 @@ class Hello:
             "addresses": list(self.addresses),
             "compression": list(self.compression),
             "software": self.software,
+            "pulse_key": self.pulse_key,
         }
 
 
@@ -60,7 +65,14 @@ def unpack(untrusted_fields: Fields) -> Hello:
         addresses=untrusted_fields.texts("addresses"),
         compression=untrusted_fields.texts("compression"),
         software=untrusted_fields.text("software"),
+        pulse_key=_pulse_key(untrusted_fields.text("pulse_key")),
     )
+
+
+def _pulse_key(untrusted: str) -> str:
+    if not _PULSE_KEY.fullmatch(untrusted):
+        raise ProtocolError("'pulse_key' is neither empty nor 64 hexadecimal digits")
+    return untrusted
 
 
 def common_version(untrusted_versions: tuple[int, ...]) -> int | None:

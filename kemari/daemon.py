@@ -23,6 +23,7 @@ from kemari.ledger import Ledger, Record, Role, answer_to_stand_down
 from kemari.output import Network
 from kemari.peers import Peers
 from kemari.protection import Protection
+from kemari.pulses import Pulses
 from kemari.recovery import Recovery, clean
 from kemari.requests import Requests
 from kemari.standby import StandbySession
@@ -38,13 +39,20 @@ class Daemon:
     """One host's daemon.
 
     :param dial: opens connections to peers
+    :param pulses: whether other hosts shall know by more than heartbeats that this one lives
     :ivar protections: guests that this host runs and protects, or did until the standby was lost
     :ivar sessions: guests that other hosts protect to this one, by UUID
     :ivar recoveries: guests whose owner is asked for, by name
     """
 
     def __init__(
-        self, config: Config, hypervisor: Hypervisor, network: Network, *, dial: Dial = connect
+        self,
+        config: Config,
+        hypervisor: Hypervisor,
+        network: Network,
+        *,
+        dial: Dial = connect,
+        pulses: bool = True,
     ) -> None:
         server_tls, client_tls = tls_contexts(config.tls)
         self.host = Host(
@@ -58,6 +66,11 @@ class Daemon:
             advertised=_advertised(config),
             ssl_client=client_tls,
         )
+        if pulses:
+            addresses = dict.fromkeys((*config.listen, *config.also))
+            self.host.pulses = Pulses(
+                self.host.host_id, config.heartbeat, addresses, self._trouble_with_pulses
+            )
         self.peers = Peers(self.host, self)
         self.protections: dict[str, Protection] = {}
         self.sessions: dict[str, StandbySession] = {}
@@ -99,6 +112,8 @@ class Daemon:
         except BaseException:
             await self._listener.close()
             raise
+        if self.host.pulses:
+            self.host.spawn(self.host.pulses.run(), "pulses")
         for record in asked:
             self.host.spawn(self._recover(record), f"{record.guest}: recovery")
         for record in self.host.ledger:
@@ -122,6 +137,9 @@ class Daemon:
         for task in list(self.host.tasks):
             task.cancel()
         await asyncio.gather(*self.host.tasks, return_exceptions=True)
+
+    def _trouble_with_pulses(self, sentence: str) -> None:
+        self.host.journal.note("", "trouble", sentence)
 
     async def _close(self, protection: Protection) -> None:
         resume = not protection.machine.over or protection.lost
@@ -249,6 +267,7 @@ class Daemon:
     # ---- Section: standing by ----
 
     async def _accepted(self, link: Link) -> None:
+        self.host.greeted(link)
         if link.peer.role == "liveness":
             await self.peers.serve(Lifeline(link, self))
             return

@@ -22,6 +22,7 @@ from kemari.errors import ConfigError, KemariError, PeerUnreachable
 from kemari.journal import Journal
 from kemari.ledger import Ledger
 from kemari.output import Network
+from kemari.pulses import Pulses
 
 #: As :func:`checkpoint.network.connect`.
 Dial = Callable[[str, int, Hello, LinkOptions], Awaitable[Link]]
@@ -38,6 +39,7 @@ class Host:
     :ivar host_id: UUID that stays the same for the life of the installation
     :ivar dial: opens connections; tests put their own network in its place
     :ivar advertised: addresses at which peers can reach this daemon, best first
+    :ivar pulses: with other hosts; None in tests of what heartbeats alone can tell
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Host:
     dial: Dial = connect
     advertised: tuple[str, ...] = ()
     ssl_client: ssl.SSLContext | None = None
+    pulses: Pulses | None = None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def hello(self, role: str) -> Hello:
@@ -60,7 +63,13 @@ class Host:
             heartbeat=self.config.heartbeat,
             addresses=self.advertised,
             software=f"kemari {__version__}",
+            pulse_key=self.pulses.key if self.pulses else "",
         )
+
+    def greeted(self, link: Link) -> None:
+        """Take note of what the peer of a new connection has said of itself."""
+        if self.pulses:
+            self.pulses.learn(link.peer.host_id, link.peer.pulse_key)
 
     async def connect(self, address: Address, role: str, timeout: float = 5.0) -> Link:
         """Connect to a peer.
@@ -68,7 +77,9 @@ class Host:
         :raise LinkError: it cannot be reached (see the classes in :mod:`checkpoint.link`)
         """
         options = LinkOptions(ssl=self.ssl_client, connect_timeout=timeout)
-        return await self.dial(address.host, address.port, self.hello(role), options)
+        link = await self.dial(address.host, address.port, self.hello(role), options)
+        self.greeted(link)
+        return link
 
     async def connect_any(self, addresses: tuple[Address, ...], role: str) -> tuple[Link, Address]:
         """Connect to the first of ``addresses`` that answers.

@@ -22,6 +22,7 @@ from checkpoint.link import Link
 from kemari.config import Address, parse_address
 from kemari.errors import ConfigError, PeerUnreachable
 from kemari.host import WILDCARDS, Host, host_is_alive
+from kemari.pacemaker import plain
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,15 @@ class Peers:
         known = self._evidence.setdefault(host_id, {})
         for path, lifeline in self._lifelines.get(host_id, {}).items():
             known[path] = max(known.get(path, 0.0), lifeline.link.last_heard)
-        return dict(known)
+        return known | {f"pulses of {ip}": when for ip, when in self._pulses(host_id).items()}
+
+    def heard(self, link: Link) -> float:
+        """``time.monotonic()`` of the last evidence of life on the path of a replication link."""
+        pulses = self._pulses(link.peer.host_id)
+        return max(link.last_heard, pulses.get(_ip(link), 0.0))
+
+    def _pulses(self, host_id: str) -> dict[str, float]:
+        return self._host.pulses.evidence(host_id) if self._host.pulses else {}
 
     def lifelines(self, host_id: str) -> list[Lifeline]:
         """Open connections over which that host can be asked."""
@@ -98,6 +107,20 @@ class Peers:
                 keeper = self._keepers.pop(key, None)
                 if keeper is not None:
                     keeper.cancel()
+
+    def begin_pulses(self, link: Link, further: Iterable[Address], port: int | None = None) -> None:
+        """Exchange pulses with the peer of a replication link, until :meth:`end_pulses`.
+
+        :param further: its other addresses
+        :param port: that its daemon listens on, if that is known
+        """
+        if self._host.pulses:
+            self._host.pulses.want(link.peer.host_id, _pulse_places(link, further, port))
+
+    def end_pulses(self, link: Link, further: Iterable[Address], port: int | None = None) -> None:
+        """The counterpart of :meth:`begin_pulses`, with the same arguments."""
+        if self._host.pulses:
+            self._host.pulses.unwant(link.peer.host_id, _pulse_places(link, further, port))
 
     async def _keep(self, host_id: str, address: Address) -> None:
         heartbeat = self._host.config.heartbeat
@@ -230,6 +253,15 @@ def _judge(owner: Owner | None, generation: int) -> Answer:
     if owner.state in OWNING and owner.generation > generation:
         return Answer(runs_since=owner.generation, alive=True)
     return Answer(alive=True)
+
+
+def _ip(link: Link) -> str:
+    return plain(parse_address(link.peer_address, default_port=0).host)
+
+
+def _pulse_places(link: Link, further: Iterable[Address], port: int | None) -> list[Address]:
+    own = [Address(_ip(link), port)] if port is not None else []
+    return list(dict.fromkeys([*own, *further]))
 
 
 def further_addresses(link: Link, used: Address | None = None) -> tuple[Address, ...]:

@@ -76,6 +76,7 @@ class Protection:
         self._peers = peers
         self._standby_id = ""
         self._further: tuple[Address, ...] = ()
+        self._port = 0
         self._holding = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._establishing: asyncio.Task[Any] | None = None
@@ -215,6 +216,8 @@ class Protection:
         self.standby, self._standby_id = link.peer.host, link.peer.host_id
         self._further = further_addresses(link, address)
         self._peers.want(self._standby_id, self._further)
+        self._port = address.port
+        self._peers.begin_pulses(link, self._further, self._port)
         self.spawn(self._watch(link), "watch")
         self.generation = await self._next_generation(address)
         self.note(
@@ -339,7 +342,7 @@ class Protection:
             await asyncio.sleep(watch.pace)
             if link.closed:
                 return
-            watch.heard(REPLICATION, link.last_heard)
+            watch.heard(REPLICATION, self._peers.heard(link))
             for path, when in self._peers.evidence(self._standby_id).items():
                 watch.heard(path, when)
             verdict = watch.tick(time.monotonic())
@@ -488,7 +491,9 @@ class Protection:
 
     async def _dispose(self) -> None:
         self._peers.unwant(self._standby_id, self._further)
-        self._further = ()
+        if self._link is not None and self._port:
+            self._peers.end_pulses(self._link, self._further, self._port)
+        self._further, self._port = (), 0
         if self._sender is not None:
             await self._sender.close()
         elif self._link is not None:

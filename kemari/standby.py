@@ -91,12 +91,14 @@ class StandbySession:
     async def run(self) -> None:
         """Serve the session until it is over, takeover included."""
         watcher = asyncio.create_task(self._watch())
+        self._peers.begin_pulses(self._link, self._further)
         try:
             await self._receive()
             await self.over.wait()
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
+            self._peers.end_pulses(self._link, self._further)
             if self._probing:
                 self._peers.unwant(self.primary_id, self._further)
             await self._link.close()
@@ -321,7 +323,7 @@ class StandbySession:
             await asyncio.sleep(watch.pace)
             now = time.monotonic()
             if not self._link.closed:
-                watch.heard(REPLICATION, self._link.last_heard)
+                watch.heard(REPLICATION, self._peers.heard(self._link))
             elif closed_at is None:
                 closed_at = now
                 if self._link.failure is None or host_is_alive(self._link.failure):
@@ -374,7 +376,7 @@ class StandbySession:
         assert shell is not None
         assert committed is not None
         silence = time.monotonic() - max(
-            [self._link.last_heard, *self._peers.evidence(self.primary_id).values()]
+            [self._peers.heard(self._link), *self._peers.evidence(self.primary_id).values()]
         )
         started = time.monotonic()
         try:

@@ -202,7 +202,12 @@ class Machine:
         self.loop = Loop(f"daemon {self.name}")
         self.loops.append(self.loop)
         self.daemon = Daemon(
-            self.config, self.hypervisor, self.network, dial=self.fabric.dialler(self.name)
+            self.config,
+            self.hypervisor,
+            self.network,
+            dial=self.fabric.dialler(self.name),
+            # A process of its own would outlive the power cut of a host that is a thread.
+            pulses=False,
         )
         self.loop.run(self.daemon.start())
 
