@@ -83,7 +83,7 @@ POINTS: Final[Mapping[str, str]] = {
     "announced": "the guest's addresses are announced",
     "promise": "before the promise to stand down is written",
     "promised": "the promise is on disk, the shell still there",
-    "shell-removed": "the shell is gone, nothing answered yet",
+    "shell-removed": "the shell is gone",
     # ---- records, and the daemon that comes back ----
     "ledger-write": "before a record is written",
     "ledger-synced": "the new record is on disk beside the old one",

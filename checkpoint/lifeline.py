@@ -43,7 +43,7 @@ class Answers(Protocol):
     async def stand_down(self, guest: str, generation: int) -> Owner | None:
         """Give up the right to revive the guest from any generation up to this one.
 
-        None promises that, beyond a crash, and that the shell is gone.  Otherwise: why not.
+        None promises that, beyond a crash.  Otherwise: why not.
         """
 
     async def alive(self, guest: str, generation: int) -> None:

@@ -46,7 +46,7 @@ class ApplyError(CheckpointError):
 class Outcome(Enum):
     """How a session ended in good order."""
 
-    #: The protection was ended; the shell is gone.
+    #: The protection was ended; the guest will not be revived here.
     STOPPED = "stopped"
     #: The guest was handed over and runs here.
     HANDED_OVER = "handed over"
@@ -90,7 +90,7 @@ class Standby(Protocol):
     async def handover(self, generation: int, committed: Committed) -> dict[str, Any]:
         """Own and revive the guest; the result goes to the primary.
 
-        :raise CheckpointError: the guest never ran here, nor will, and the shell is gone
+        :raise CheckpointError: the guest never ran here, nor will
         """
 
     async def stop(self, reason: str) -> None:

@@ -190,7 +190,7 @@ class Sender:
         return detail
 
     async def stop(self, reason: str) -> None:
-        """End the protection: returns when the standby has removed the shell, for good.
+        """End the protection: returns when the standby has given up its right to the guest.
 
         :raise CheckpointError: the connection failed; whether the standby stood down is unknown
         """

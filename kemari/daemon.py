@@ -15,7 +15,7 @@ from checkpoint.network import Listener, connect, listen
 from kemari import __version__
 from kemari.config import Address, Config, Options, parse_address
 from kemari.control import ControlServer
-from kemari.epoch import PrimaryState
+from kemari.epoch import PrimaryState, StandbyState
 from kemari.errors import KemariError, NoSuchProtection, Refused
 from kemari.host import WILDCARDS, Dial, Host, load_host_id, tls_contexts
 from kemari.journal import Journal
@@ -282,16 +282,22 @@ class Daemon:
             if self.sessions.get(session.uuid) is session:
                 del self.sessions[session.uuid]
 
-    def claim(self, uuid: str, name: str, session: StandbySession) -> None:
+    async def claim(self, uuid: str, name: str, session: StandbySession) -> None:
         """See :class:`kemari.standby.Registry`."""
         host = self.host.config.host
-        taken = any(uuid == other.uuid or name == other.guest for other in self.sessions.values())
+        for other in self._sessions_of(uuid, name):
+            if other.machine.state is StandbyState.STOOD_DOWN:
+                await other.over.wait()
+        taken = any(not other.over.is_set() for other in self._sessions_of(uuid, name))
         protection = self.protections.get(name)
         if taken:
             raise CheckpointError(f"{host} stands by for {name} already")
         if (protection and not protection.machine.over) or name in self.recoveries:
             raise CheckpointError(f"{host} runs {name} itself; expected another guest")
         self.sessions[uuid] = session
+
+    def _sessions_of(self, uuid: str, name: str) -> list[StandbySession]:
+        return [each for each in self.sessions.values() if each.uuid == uuid or each.guest == name]
 
     # ---- Section: answers to other hosts (checkpoint.lifeline.Answers) ----
 

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 #: Heartbeat times that a standby has to answer "stand down".
 PATIENCE: Final = 2
-#: Seconds that a standby has to remove its shell while its link lives; the toolstack takes seconds.
-STOP_PATIENCE: Final = 30.0
+#: Seconds that a standby has to write its promise to stand down while its link lives.
+STOP_PATIENCE: Final = 10.0
 #: Seconds to wait for the daemon of a standby whose host is alive: its supervisor restarts it.
 RESTART_PATIENCE: Final = 15.0
 

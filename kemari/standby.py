@@ -49,8 +49,8 @@ MAX_PAGES: Final = 1 << 28
 class Registry(Protocol):
     """Which session has which guest."""
 
-    def claim(self, uuid: str, name: str, session: StandbySession) -> None:
-        """Make ``session`` the one for that guest.
+    async def claim(self, uuid: str, name: str, session: StandbySession) -> None:
+        """Make ``session`` the one for that guest, once an earlier one has removed its shell.
 
         :raise CheckpointError: another one has it, or this host runs that guest
         """
@@ -106,7 +106,7 @@ class StandbySession:
     async def stand_down(self, why: str) -> Owner | None:
         """Give up this generation for good, unless the guest runs here already.
 
-        :return: None once the promise is durable and the shell gone; else who this host is
+        :return: None once the promise is durable; else who this host is
         """
         if self.machine.state in (StandbyState.TAKING_OVER, StandbyState.RUNNING):
             return self.owner()
@@ -128,6 +128,8 @@ class StandbySession:
         """The daemon ends: stand down and say so, so that nobody waits for this host."""
         async with self._deciding:
             if self.machine.over:
+                if self.machine.state is StandbyState.STOOD_DOWN:
+                    await self.over.wait()  # its shell is being removed
                 return
             self.why = why
             actions = self.machine.link_dead()
@@ -135,6 +137,7 @@ class StandbySession:
             await self._link.fail("internal", why)  # ERROR promises that this host stood down
         await self._receiver.halt()
         await self._do(actions)
+        await self.over.wait()
 
     def owner(self) -> Owner:
         """Who this host is to the guest."""
@@ -199,7 +202,7 @@ class StandbySession:
                 f"generation {generation} of {description.name} is over; {known} is known on "
                 f"{host.config.host}"
             )
-        self._registry.claim(description.uuid, description.name, self)
+        await self._registry.claim(description.uuid, description.name, self)
         self.uuid, self.guest, self.generation = description.uuid, description.name, generation
         exists = await asyncio.to_thread(host.hypervisor.domain_exists, description.name)
         if exists:
@@ -283,10 +286,7 @@ class StandbySession:
             log.info("%s: session %s", self.guest or self.primary, outcome.value)
         except CheckpointError as error:
             await self._receiver_ended(error)
-        if self._shell is None or self.machine.state in (
-            StandbyState.STOOD_DOWN,
-            StandbyState.RUNNING,
-        ):
+        if self._shell is None or self.machine.state is StandbyState.RUNNING:
             self.over.set()
 
     async def _receiver_ended(self, error: CheckpointError) -> None:
@@ -363,7 +363,12 @@ class StandbySession:
                 case Revive(number):
                     done += await self._do(await self._revive(number))
                 case DestroyShell():
-                    await self._destroy_shell()
+                    reach("promise")
+                    await self._record_end()
+                    reach("promised")
+                    # Nobody waits for it: the toolstack takes seconds, and the primary's output
+                    # waits for the answer.
+                    self._host.spawn(self._remove_shell(), f"{self.guest}: remove the shell")
                 case TellRunning() | PromiseStoodDown() | Discard():
                     pass  # the caller answers; the receiver has dropped what was incomplete
                 case _:
@@ -444,10 +449,7 @@ class StandbySession:
             )
             await _attempt(self, "record the end", asyncio.to_thread(update))
 
-    async def _destroy_shell(self) -> None:
-        reach("promise")
-        await self._record_end()
-        reach("promised")
+    async def _remove_shell(self) -> None:
         if self._shell is not None:
             await _attempt(self, "remove the shell", asyncio.to_thread(self._shell.destroy))
             reach("shell-removed")

@@ -156,7 +156,10 @@ def test_stop_leaves_everything_as_it_was(world: World) -> None:
             why="protected already",
         )
         talk.wait_answers(SOME)
+        there = world.events(pair.standby)
+        mark = there.seen
         world.kemari(pair.primary, "stop", GUEST)
+        there.wait("stood-down", since=mark)  # the shell goes after the answer
         talk.wait_answers(SOME)
         assert {name: world.network(name) for name in before} == before
         assert not world.log_dirty(pair.primary)

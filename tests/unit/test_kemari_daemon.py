@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import ReviveError
+from checkpoint.memory import MemoryShell
 from kemari.errors import KemariError, NoSuchProtection, Refused
 from tests.unit.kemari_pair import Machine, Pair, await_true
 
@@ -70,6 +71,37 @@ def test_stop_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(NoSuchProtection):
             pair.a.status("web")
         pair.protect()
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_nobody_waits_for_the_removal_of_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the next protection of the same guest does."""
+    removing, may_go = threading.Event(), threading.Event()
+    destroy = MemoryShell.destroy
+
+    def slow(shell: MemoryShell) -> None:
+        removing.set()
+        assert may_go.wait(60)
+        destroy(shell)
+
+    monkeypatch.setattr(MemoryShell, "destroy", slow)
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.a.request("stop", domain="web")
+        assert removing.wait(60)
+        pair.talk(3)
+        pair.check_answers()
+        assert pair.b.hypervisor.shells
+        again = threading.Thread(target=pair.protect)
+        again.start()
+        await_true(lambda: pair.a.status("web")["state"] == "connecting", "b was asked again")
+        pair.talk(3)
+        may_go.set()
+        again.join(60)
+        assert pair.a.status("web")["protected"]
         pair.talk(3)
         pair.check_answers()
 
