@@ -69,11 +69,21 @@ class Ending:
         self._uuid = uuid
 
     async def let_go(
-        self, source: Source, output: Output, standby: str, why: str, reason: LetGoReason
+        self,
+        source: Source,
+        output: Output,
+        standby: str,
+        why: str,
+        reason: LetGoReason,
+        *,
+        gone: bool = False,
     ) -> None:
-        """Nobody else runs this guest: let its output pass, remove what protection has built."""
+        """Nobody else runs this guest: let its output pass, remove what protection has built.
+
+        :param gone: nor does it run here any more
+        """
         reach("let-go")
-        await self.record(role=Role.OWNER, reason=why)
+        await self.record(role=Role.RELEASED if gone else Role.OWNER, reason=why)
         reach("let-go-recorded")
         await self.attempt("unpause", source.unpause)
         await self.attempt("release output", output.release_all)
@@ -81,6 +91,9 @@ class Ending:
         await self.attempt("remove the output buffer", output.teardown, drop=False)
         reach("let-go-done")
         await self.attempt("end tracking", source.untrack)
+        if gone:
+            self.note("ended", f"nothing is left of the protection of {self._name}")
+            return
         ground = {
             LetGoReason.NOTHING_SENT: "the standby has nothing of it",
             LetGoReason.PROMISE: f"{standby} stood down",

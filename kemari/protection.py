@@ -77,6 +77,7 @@ class Protection:
         self._standby_id = ""
         self._further: tuple[Address, ...] = ()
         self._port = 0
+        self._gone = False
         self._holding = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._establishing: asyncio.Task[Any] | None = None
@@ -327,6 +328,7 @@ class Protection:
 
     def guest_gone(self) -> None:
         """The guest has shut down or crashed."""
+        self._gone = True
         self.why = "the guest is gone or has shut down"
         self.note("guest-gone", f"{self.guest} is gone or has shut down; its protection ends")
         self.do(self.machine.stop())
@@ -476,6 +478,7 @@ class Protection:
             self.standby,
             self.why,
             self.machine.let_go or LetGoReason.FORCE,
+            gone=self._gone,
         )
         await self._dispose()
 

@@ -136,7 +136,9 @@ def test_guest_that_shuts_down_ends_its_protection(tmp_path: Path) -> None:
         pair.a.hypervisor.destroy_domain("web")
         await_true(lambda: "guest-gone" in pair.a.events("web"), "a has noticed")
         await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
-        await_true(lambda: not pair.a.network.buffers, "a removed the buffer")
+        await_true(lambda: "ended" in pair.a.events("web"), "a has cleaned up")
+        assert not pair.a.network.buffers
+        assert "unprotected" not in pair.a.events("web")
         assert "web" not in pair.b.hypervisor.guests
 
 
