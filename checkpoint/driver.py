@@ -37,6 +37,22 @@ class Nic:
 
 
 @dataclass(frozen=True, slots=True)
+class Disk:
+    """One disk of the guest, as the hotplug script ``block-kemari`` serves it in Dom0.
+
+    :ivar devid: number of the virtual block device, e.g. 51712
+    :ivar vdev: the guest's name for it, e.g. ``xvda``
+    :ivar target: what holds its contents: path of a file or block device, the same on both hosts
+    :ivar writable: whether the guest may write
+    """
+
+    devid: int
+    vdev: str
+    target: str
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """What a standby must know to build the shell of a guest; travels as JSON.
 
@@ -104,6 +120,7 @@ class Source(Protocol):
 
     description: Description
     nics: list[Nic]
+    disks: list[Disk]
 
     def track(self) -> None:
         """Begin dirty tracking and map the guest's memory.
@@ -133,9 +150,10 @@ class Source(Protocol):
     ) -> Captured:
         """Take one checkpoint into ``staging`` (pages and state) by pausing the guest.
 
-        ``close_output`` is called once, while the guest is paused and everything that it has sent
-        has reached the output buffer.  On return the guest runs again, or stays paused with
-        ``leave_paused``.  On any error the guest runs again and the dirty log has lost nothing.
+        ``close_output`` is called once, while the guest is paused, everything that it has sent has
+        reached the output buffer, and every request to its disks was answered.  On return the guest
+        runs again, or stays paused with ``leave_paused``.  On any error the guest runs again and
+        the dirty log has lost nothing.
 
         :raise NotQuiescent: no usable pause point within the bound
         :raise OverflowError: more dirty pages than ``staging`` holds (nothing was lost: those
@@ -166,6 +184,7 @@ class Shell(Protocol):
 
     memory: memoryview
     nics: list[Nic]
+    disks: list[Disk]
 
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         """Run the guest from ``memory`` and ``state``.

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 
-from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
+from checkpoint.driver import PAGE_SIZE, Captured, Description, Disk, Nic, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent, ReviveError, UnsupportedGuest
 from checkpoint.faultpoints import reach
 
@@ -59,6 +59,7 @@ class MemoryGuest:
         self.alive = True
         self.clock_offset_ns = 0
         self.nics = [Nic(0, f"vif{description.domid}.0", str(description.detail["mac"]), "memory0")]
+        self.disks = [Disk(**disk) for disk in description.detail.get("disks", ())]
         self.lock = threading.RLock()
         self._transmit = transmit
         self._inbox: deque[int] = deque()
@@ -156,6 +157,7 @@ class MemorySource:
     def __init__(self, hypervisor: MemoryHypervisor, guest: MemoryGuest) -> None:
         self.description = guest.description
         self.nics = guest.nics
+        self.disks = guest.disks
         self._hypervisor = hypervisor
         self._guest = guest
         self._tracking = False
@@ -271,6 +273,7 @@ class MemoryShell:
         self._guest = MemoryGuest(description, hypervisor.transmit)
         self.memory = memoryview(self._guest.memory)
         self.nics = self._guest.nics
+        self.disks = self._guest.disks
 
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         """Run the guest."""

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from checkpoint.driver import PAGE_SIZE, Description, Nic
+from checkpoint.driver import PAGE_SIZE, Description, Disk, Nic
 from checkpoint.errors import CheckpointError, UnsupportedGuest
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.linux import Registers, read_layout
@@ -33,6 +36,10 @@ _CARRIED_PARAMS = (1, 5, 6, 27, 28, 29, 37, 17, 19, 9, 12, 34, 32, 33, 36, 38)
 #: where the domain builder puts what is not RAM: ACPI tables (libxl_x86_acpi.c) up to the special
 #: pages (xg_dom_x86.c); the hole below 4 GiB begins there at the lowest
 _BUILDER_FIRST, _BUILDER_END = 0xFC000, 0xFF000
+
+
+#: the hotplug script of disks whose writes are replicated (dom0-tools)
+DISK_SCRIPT = "block-kemari"
 
 
 class XenHost:
@@ -118,6 +125,7 @@ class XenHost:
         try:
             name = store.read(f"/local/domain/{domid}/name") or ""
             nics = _nics(store, domid)
+            disks = _disks(store, domid)
         finally:
             store.close()
         _check_devices(name, config)
@@ -126,6 +134,7 @@ class XenHost:
         detail["nics"] = [
             {"devid": nic.devid, "mac": nic.mac, "bridge": nic.bridge} for nic in nics
         ]
+        detail["disks"] = [asdict(disk) for disk in disks]
         description = Description(
             name=name,
             uuid=str(config["c_info"]["uuid"]),
@@ -135,7 +144,7 @@ class XenHost:
             driver=self.name,
             detail=detail,
         )
-        source = XenSource(handle, description, nics, layout, special)
+        source = XenSource(handle, description, nics, disks, layout, special)
         self._sources[domid] = source
         return source
 
@@ -229,7 +238,6 @@ def _check_devices(name: str, config: dict[str, Any]) -> None:
     refused = {
         "pcidevs": "a passed-through PCI device",
         "dtdevs": "a passed-through device",
-        "disks": "a disk, which is not replicated yet",
         "vtpms": "a virtual TPM",
         "usbdevs": "a USB device",
         "p9s": "a 9p file system",
@@ -241,7 +249,16 @@ def _check_devices(name: str, config: dict[str, Any]) -> None:
     }
     for key, what in refused.items():
         if config.get(key):
-            raise UnsupportedGuest(f"domain {name!r} has {what} (expected network devices only)")
+            raise UnsupportedGuest(
+                f"domain {name!r} has {what} (expected network devices and disks only)"
+            )
+    for disk in config.get("disks") or ():
+        # Nobody else would carry its writes to the standby.
+        if Path(str(disk.get("script") or "")).name != DISK_SCRIPT:
+            raise UnsupportedGuest(
+                f"disk {disk.get('vdev')} of domain {name!r} is not replicated (expected "
+                f"script={DISK_SCRIPT} in its configuration)"
+            )
 
 
 def _check_kernel(layout: LinuxLayout) -> None:
@@ -283,21 +300,41 @@ def _ram_pages(config: dict[str, Any]) -> int:
     return pages
 
 
-def _nics(store: Store, domid: int) -> list[Nic]:
-    base = f"/local/domain/{domid}/device/vif"
-    found = []
+def _backends(store: Store, domid: int, device: str) -> Iterator[tuple[int, str]]:
+    """(device number, path of its backend) of each device of a kind.
+
+    :raise UnsupportedGuest: a backend is not in Dom0
+    """
+    base = f"/local/domain/{domid}/device/{device}"
     for devid in sorted(store.children(base), key=int):
         backend = store.read(f"{base}/{devid}/backend") or ""
         if not backend.startswith("/local/domain/0/"):
             raise UnsupportedGuest(
-                f"network device {devid} has its backend in another domain (expected Dom0)"
+                f"device {device} {devid} has its backend in another domain (expected Dom0)"
             )
-        found.append(
-            Nic(
-                devid=int(devid),
-                vif=store.read(f"{backend}/vifname") or f"vif{domid}.{devid}",
-                mac=store.read(f"{backend}/mac") or "",
-                bridge=store.read(f"{backend}/bridge") or "",
-            )
+        yield int(devid), backend
+
+
+def _nics(store: Store, domid: int) -> list[Nic]:
+    return [
+        Nic(
+            devid=devid,
+            vif=store.read(f"{backend}/vifname") or f"vif{domid}.{devid}",
+            mac=store.read(f"{backend}/mac") or "",
+            bridge=store.read(f"{backend}/bridge") or "",
         )
-    return found
+        for devid, backend in _backends(store, domid, "vif")
+    ]
+
+
+def _disks(store: Store, domid: int) -> list[Disk]:
+    # Nodes of the backend: libxl_disk.c, docs/misc/xenstore-paths.pandoc
+    return [
+        Disk(
+            devid=devid,
+            vdev=store.read(f"{backend}/dev") or "",
+            target=store.read(f"{backend}/params") or "",
+            writable=store.read(f"{backend}/mode") != "r",
+        )
+        for devid, backend in _backends(store, domid, "vbd")
+    ]

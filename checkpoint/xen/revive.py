@@ -64,7 +64,10 @@ _TIME_AT = 32
 
 _CONNECTED = "4"
 #: nodes of a frontend directory that belong to the toolstack of this host
-_TOOLSTACK_NODES = {"backend", "backend-id", "state", "handle", "mac", "trusted", "script"}
+_TOOLSTACK_NODES = {
+    "backend", "backend-id", "state", "handle", "mac", "trusted", "script",
+    "virtual-device", "device-type",
+}  # fmt: skip
 
 
 def revive(
@@ -357,12 +360,17 @@ def _attach_backends(domid: int, tree: dict[str, str]) -> None:
     store = Store()
     try:
         frontends = sorted(
-            {"/".join(path.split("/")[:3]) for path in tree if path.startswith("device/vif/")}
+            {
+                "/".join(path.split("/")[:3])
+                for path in tree
+                if path.startswith(("device/vif/", "device/vbd/"))
+            }
         )
         for path, value in tree.items():
             parts = path.split("/")
             if parts[0] in ("control", "data", "attr", "feature") or (
-                parts[:2] == ["device", "vif"]
+                parts[0] == "device"
+                and parts[1:2] in (["vif"], ["vbd"])
                 and len(parts) > 3
                 and parts[3] not in _TOOLSTACK_NODES
             ):

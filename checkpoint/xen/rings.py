@@ -8,6 +8,7 @@ every slot is either wholly a request or wholly answered.
 
 from __future__ import annotations
 
+import enum
 import struct
 from dataclasses import dataclass
 
@@ -36,20 +37,38 @@ _RESERVED_GRANTS = 8
 GRANTS_PER_FRAME = PAGE_SIZE // GRANT.size
 
 
-@dataclass(frozen=True, slots=True)
-class NetRing:
-    """One ring page of a vif queue.
+class Kind(enum.Enum):
+    """What a ring is for."""
 
-    :ivar gfn: guest frame of the page
-    :ivar receive: whether it is the ring of receive buffers
+    TRANSMIT = enum.auto()
+    #: receive buffers that the guest offers: requests that wait for frames to come
+    RECEIVE = enum.auto()
+    DISK = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A ring between the guest and a backend, or one of the queues of a device.
+
+    :ivar gfn: guest frame of its page, the first one if it has several: the one with the indices
     """
 
     gfn: int
-    receive: bool
+    kind: Kind
 
 
-def net_rings(store: dict[str, str], grants: bytes | memoryview) -> list[NetRing]:
-    """The ring pages of every connected vif.
+#: (device, node of its frontend) -> what the node refers to (io/netif.h, io/blkif.h); further pages
+#: of a disk's ring are under grants that its backend keeps mapped, and are copied as such
+_REFERENCES = {
+    ("vif", "tx-ring-ref"): Kind.TRANSMIT,
+    ("vif", "rx-ring-ref"): Kind.RECEIVE,
+    ("vbd", "ring-ref"): Kind.DISK,
+    ("vbd", "ring-ref0"): Kind.DISK,
+}
+
+
+def device_rings(store: dict[str, str], grants: bytes | memoryview) -> list[Ring]:
+    """The rings of every connected network interface and disk.
 
     :param store: the guest's xenstore subtree
     :param grants: shared frames of its grant table
@@ -57,25 +76,24 @@ def net_rings(store: dict[str, str], grants: bytes | memoryview) -> list[NetRing
     """
     rings = []
     for path, value in store.items():
-        if not path.startswith("device/vif/"):
+        parts = path.split("/")
+        if len(parts) < 4 or parts[0] != "device":
             continue
-        leaf = path.rsplit("/", 1)[1]
-        if leaf not in ("tx-ring-ref", "rx-ring-ref"):
-            continue
+        kind = _REFERENCES.get((parts[1], parts[-1]))
         # The references of a closed frontend stay, and name pages that now serve something else.
-        if store.get("/".join(path.split("/")[:3]) + "/state") != _CONNECTED:
+        if kind is None or store.get("/".join(parts[:3]) + "/state") != _CONNECTED:
             continue
         try:
             reference = int(value)
             _flags, _domid, frame = GRANT.unpack_from(grants, reference * GRANT.size)
         except (ValueError, struct.error):
             raise CheckpointError(f"xenstore node {path} has no valid grant: {value!r}") from None
-        rings.append(NetRing(frame, leaf == "rx-ring-ref"))
+        rings.append(Ring(frame, kind))
     return rings
 
 
-def transmit_answered(page: memoryview) -> bool:
-    """Whether the backend has answered every request on a transmit ring."""
+def answered(page: memoryview) -> bool:
+    """Whether the backend has answered every request on a transmit or disk ring."""
     req_prod, _req_event, rsp_prod, _rsp_event = _INDICES.unpack_from(page, 0)
     return bool(req_prod == rsp_prod)
 

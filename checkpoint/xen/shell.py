@@ -7,7 +7,7 @@ import copy
 import logging
 from typing import Any
 
-from checkpoint.driver import Description, Nic
+from checkpoint.driver import Description, Disk, Nic
 from checkpoint.errors import CheckpointError
 from checkpoint.xen import control, toolstack
 from checkpoint.xen.context import Context
@@ -32,6 +32,7 @@ class XenShell:
 
     def __init__(self, description: Description, domain: Domain, nics: list[Nic]) -> None:
         self.nics = nics
+        self.disks = [Disk(**disk) for disk in description.detail["disks"]]
         self._description = description
         self._domain = domain
         self._gone = False

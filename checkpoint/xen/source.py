@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from checkpoint import native
-from checkpoint.driver import PAGE_SIZE, Captured, Description, Nic, Staging
+from checkpoint.driver import PAGE_SIZE, Captured, Description, Disk, Nic, Staging
 from checkpoint.errors import NotQuiescent, UnsupportedGuest
 from checkpoint.faultpoints import reach
 from checkpoint.guest.clock import reads_clock, timekeeping_at_rest
@@ -30,12 +30,14 @@ from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
 from checkpoint.xen.dirty import DirtyLog, switch_off
 from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
+from checkpoint.xen.rings import Kind
 from checkpoint.xen.state import MachineState, StateEncoder
 from checkpoint.xen.store import Store
 from checkpoint.xen.tables import Tables
 
-#: how long a paused guest waits for its backends to answer what they consumed, seconds
-_QUIET_BOUND = 0.020
+#: how long a paused guest waits for its backends to answer what they consumed, seconds: a network's
+#: backend only hands frames on, a disk has to be waited for
+_QUIET_BOUND = {Kind.TRANSMIT: 0.020, Kind.RECEIVE: 0.020, Kind.DISK: 1.0}
 #: frames per batch of a live copy: 4 MiB
 _BATCH = 1024
 
@@ -48,12 +50,14 @@ class XenSource:
         domain: Domain,
         description: Description,
         nics: list[Nic],
+        disks: list[Disk],
         layout: LinuxLayout,
         special: list[int],
     ) -> None:
         """:param special: guest frames outside RAM that backends share (xenstore, console)"""
         self.description = description
         self.nics = nics
+        self.disks = disks
         self._domain = domain
         self._layout = layout
         self._special = special
@@ -135,7 +139,7 @@ class XenSource:
             self._tree = self._following.tree()
             _events, frames = self._tables.read()
             self._map_grants(frames)
-            self._rings = rings.net_rings(self._tree, self._grants.view)
+            self._rings = rings.device_rings(self._tree, self._grants.view)
             self._fifo_pages = -1
             self._stale = False
         count = self._fifo_count()
@@ -207,7 +211,12 @@ class XenSource:
     # ---- Section: capture ----
 
     def prepared(self) -> bool:
-        return not (self._stale or self._following.changed())
+        return not (self._stale or self._following.changed() or self._disks_busy())
+
+    def _disks_busy(self) -> bool:
+        return not all(
+            rings.answered(self._page(ring.gfn)) for ring in self._rings if ring.kind is Kind.DISK
+        )
 
     def capture(
         self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
@@ -272,15 +281,18 @@ class XenSource:
 
         :raise NotQuiescent: the bound passed
         """
-        transmit = [self._page(ring.gfn) for ring in self._rings if not ring.receive]
-        deadline = 0.0
-        for page in transmit:
-            while not rings.transmit_answered(page):
+        began = 0.0
+        for ring in self._rings:
+            if ring.kind is Kind.RECEIVE:
+                continue
+            page = self._page(ring.gfn)
+            while not rings.answered(page):
                 now = time.monotonic()
-                if not deadline:
-                    deadline = now + _QUIET_BOUND
-                elif now > deadline:
-                    raise NotQuiescent("a network backend has not answered within its bound")
+                began = began or now
+                if now - began > _QUIET_BOUND[ring.kind]:
+                    raise NotQuiescent(
+                        f"a {ring.kind.name.lower()} backend has not answered within its bound"
+                    )
                 os.sched_yield()
 
     def _page(self, gfn: int) -> memoryview:
@@ -316,14 +328,14 @@ class XenSource:
     def _check_receive_rings(self, staging: Staging, grants: int) -> None:
         deadline = 0.0
         for ring in self._rings:
-            if not ring.receive:
+            if ring.kind is not Kind.RECEIVE:
                 continue
             index = self._copied_first.index(ring.gfn)
             copy = staging.data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
             while not rings.receive_unambiguous(copy, grants):
                 now = time.monotonic()
                 if not deadline:
-                    deadline = now + _QUIET_BOUND
+                    deadline = now + _QUIET_BOUND[ring.kind]
                 elif now > deadline:
                     raise NotQuiescent("a network backend keeps a batch of answers open")
                 os.sched_yield()

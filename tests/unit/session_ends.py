@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from checkpoint.codec import Encoder
-from checkpoint.driver import PAGE_SIZE, Description, Nic, Staging
+from checkpoint.driver import PAGE_SIZE, Description, Disk, Nic, Staging
 from checkpoint.errors import CheckpointError
 from checkpoint.hello import Hello
 from checkpoint.link import Link, LinkOptions
@@ -28,6 +28,7 @@ class BytesShell:
     def __init__(self, pages: int) -> None:
         self.memory = memoryview(bytearray(b"\x99" * (pages * PAGE_SIZE)))
         self.nics: list[Nic] = []
+        self.disks: list[Disk] = []
 
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         raise AssertionError("a session never revives")

@@ -59,7 +59,8 @@ def test_a_guest_is_found_by_its_number_too(world: World) -> None:
         ("c_info", {"type": "hvm"}, "is a HVM guest .* emulated devices"),
         ("b_info", {"max_memkb": 5 << 20, "target_memkb": 5 << 20}, "expected at most 4032 MiB"),
         ("b_info", {"target_memkb": 4096}, "has 4096 KiB of memory and could have 8192 KiB"),
-        ("", {"disks": [{}]}, "has a disk"),
+        ("", {"disks": [{"vdev": "xvda"}]}, "disk xvda .* is not replicated .*block-kemari"),
+        ("", {"disks": [{"vdev": "xvdb", "script": "block"}]}, "disk xvdb .* is not replicated"),
         ("", {"pcidevs": [{}]}, "has a passed-through PCI device"),
     ],
 )

@@ -13,6 +13,7 @@ from checkpoint.driver import PAGE_SIZE
 from checkpoint.errors import CheckpointError, ProtocolError, UnsupportedGuest
 from checkpoint.xen import rings
 from checkpoint.xen.context import CPU, LAPIC_REGS, Context
+from checkpoint.xen.rings import Kind
 from checkpoint.xen.state import EventChannel, MachineState, StateEncoder
 from checkpoint.xen.versions import RELEASES, running_release
 from tests.unit.xen_fakes import save_file
@@ -192,7 +193,7 @@ def grants(*frames: int) -> bytes:
     return b"".join(struct.pack("<HHI", 1, 0, frame) for frame in frames)
 
 
-def test_rings_of_connected_vifs_with_one_and_several_queues() -> None:
+def test_rings_of_connected_devices_with_one_and_several_queues() -> None:
     store = {
         "device/vif/0/state": "4",
         "device/vif/0/tx-ring-ref": "1",
@@ -201,28 +202,36 @@ def test_rings_of_connected_vifs_with_one_and_several_queues() -> None:
         "device/vif/1/queue-0/tx-ring-ref": "3",
         "device/vif/1/queue-1/rx-ring-ref": "4",
         "device/vif/1/mac": "aa",
-        "device/vbd/0/ring-ref": "0",
+        "device/vbd/51712/state": "4",
+        "device/vbd/51712/queue-0/ring-ref0": "5",
+        "device/vbd/51712/queue-0/ring-ref1": "6",
+        "device/vbd/51728/state": "4",
+        "device/vbd/51728/ring-ref": "6",
+        "device/vbd/51744/state": "2",
+        "device/vbd/51744/ring-ref": "0",
         "device/console/0/tx-ring-ref": "0",
     }
-    assert rings.net_rings(store, grants(50, 51, 52, 53, 54)) == [
-        rings.NetRing(51, False),
-        rings.NetRing(52, True),
-        rings.NetRing(53, False),
-        rings.NetRing(54, True),
+    assert rings.device_rings(store, grants(50, 51, 52, 53, 54, 55, 56)) == [
+        rings.Ring(51, Kind.TRANSMIT),
+        rings.Ring(52, Kind.RECEIVE),
+        rings.Ring(53, Kind.TRANSMIT),
+        rings.Ring(54, Kind.RECEIVE),
+        rings.Ring(55, Kind.DISK),
+        rings.Ring(56, Kind.DISK),
     ]
 
 
 @pytest.mark.parametrize("state", ["1", "3", "5", "6", None])
 def test_references_of_a_frontend_that_is_not_connected_are_not_followed(state: str | None) -> None:
     store = {"device/vif/0/tx-ring-ref": "1"} | ({"device/vif/0/state": state} if state else {})
-    assert rings.net_rings(store, grants(50, 51)) == []
+    assert rings.device_rings(store, grants(50, 51)) == []
 
 
 @pytest.mark.parametrize("value", ["2", "99999999999", "", "ring", "0x1"])
 def test_references_that_are_none(value: str) -> None:
     store = {"device/vif/0/state": "4", "device/vif/0/rx-ring-ref": value}
     with pytest.raises(CheckpointError, match="device/vif/0/rx-ring-ref has no valid grant"):
-        rings.net_rings(store, grants(50, 51))
+        rings.device_rings(store, grants(50, 51))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +240,7 @@ def test_references_that_are_none(value: str) -> None:
 )
 def test_transmit_rings(requests: int, responses: int, answered: bool) -> None:
     page = struct.pack("<4I", requests, 1, responses, 2) + bytes(4080)
-    assert rings.transmit_answered(memoryview(page)) is answered
+    assert rings.answered(memoryview(page)) is answered
 
 
 def receive_ring(requests: int, responses: int) -> bytearray:

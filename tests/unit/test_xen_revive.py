@@ -9,13 +9,13 @@ import struct
 
 import pytest
 
-from checkpoint.driver import PAGE_SIZE
+from checkpoint.driver import PAGE_SIZE, Disk
 from checkpoint.errors import ReviveError
 from checkpoint.xen import revive, shell
 from checkpoint.xen.context import Context
 from checkpoint.xen.host import XenHost
 from checkpoint.xen.shell import XenShell
-from tests.unit.xen_guest import CONSOLE_GFN, DOMID, STORE_GFN, VIF
+from tests.unit.xen_guest import CONSOLE_GFN, DOMID, STORE_GFN, VBD, VIF
 from tests.unit.xen_machine import Port
 from tests.unit.xen_world import NEW_TIME, OLD_TIME, STUB, World
 
@@ -23,6 +23,9 @@ from tests.unit.xen_world import NEW_TIME, OLD_TIME, STUB, World
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
+
+
+DISK_BACKEND = "/local/domain/0/backend/vbd/3/51712"
 
 
 # ---- Section: revival ----
@@ -78,6 +81,25 @@ def test_a_guest_comes_to_life(world: World) -> None:
     assert world.renamed == [(DOMID, "web")]
     assert not world.standby.mapped
     assert not world.standby.resources
+
+
+def test_a_disk_attaches_to_its_ring(world: World) -> None:
+    world.config["disks"] = [{"vdev": "xvda", "script": "block-kemari", "pdev_path": "/disk"}]
+    world.rig.add_disk()
+    world.store.nodes |= {f"{VBD}/backend": DISK_BACKEND, f"{VBD}/virtual-device": "51712"}
+    world.store.others |= {
+        f"{DISK_BACKEND}/dev": "xvda",
+        f"{DISK_BACKEND}/params": "/disk",
+        f"{DISK_BACKEND}/mode": "w",
+    }
+    made = prepared(world)
+    assert made.disks == world.source.disks == [Disk(51712, "xvda", "/disk", writable=True)]
+    world.store.nodes[f"{VBD}/backend"] = DISK_BACKEND
+    made.revive(world.state, elapsed_ns=0)
+    assert world.store.nodes[f"{VBD}/ring-ref"] == "11"
+    assert world.store.nodes[f"{VBD}/state"] == "4"
+    assert world.store.others[f"{DISK_BACKEND}/state"] == "4"  # it was waited for
+    assert not {f"{VBD}/backend", f"{VBD}/virtual-device"} & set(world.store.written)
 
 
 def test_grants_are_restored_unused_but_for_the_toolstacks(world: World) -> None:

@@ -16,11 +16,13 @@ from checkpoint.errors import (
 )
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.xen import rings, source
+from checkpoint.xen.rings import Kind
 from checkpoint.xen.source import XenSource
 from checkpoint.xen.state import StateEncoder
 from tests.unit.guest_fifo import WORDS
 from tests.unit.xen_fakes import save_file
 from tests.unit.xen_guest import (
+    BLOCK,
     BUFFER,
     BUFFER_REFERENCE,
     CONSOLE_GFN,
@@ -112,7 +114,7 @@ def test_output_is_closed_after_backends_answered_and_before_the_log_is_read(rig
         return len(looks) >= 3
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rings, "transmit_answered", answer)
+        patch.setattr(rings, "answered", answer)
         on_clean(rig, lambda: looks.append(rig.closed + 10))
         rig.capture()
     assert looks == [0, 0, 0, 11]
@@ -180,6 +182,34 @@ def test_a_transmit_ring_that_stays_unanswered(rig: Rig) -> None:
     assert DATA in rig.copies()
 
 
+def test_a_disk_that_stays_busy(rig: Rig) -> None:
+    rig.add_disk()
+    rig.capture()
+    assert rig.source.prepared()
+    assert BLOCK in rig.copies()
+    rig.indices(BLOCK, 41, 40)
+    assert not rig.source.prepared()  # its answer may take a while: not in the loop's thread
+    rig.refused("a disk backend has not answered")
+    assert rig.closed == 1
+    rig.indices(BLOCK, 41, 41)
+    assert rig.source.prepared()
+    rig.capture()
+    assert {DATA, BLOCK} <= set(rig.copies())
+
+
+def test_a_disk_is_given_more_time_than_a_network(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.add_disk()
+    rig.indices(BLOCK, 41, 40)
+    bounds = {Kind.TRANSMIT: 0.0, Kind.RECEIVE: 0.0, Kind.DISK: 30.0}
+    monkeypatch.setattr(source, "_QUIET_BOUND", bounds)
+    monkeypatch.setattr(os, "sched_yield", lambda: rig.indices(BLOCK, 41, 41))
+    rig.capture()
+    requests, _, responses, _ = struct.unpack_from("<4I", rig.copies()[BLOCK])
+    assert (requests, responses) == (41, 41)
+
+
 def test_a_half_written_answer_on_a_receive_ring(rig: Rig) -> None:
     rig.guest.backend_writes(RX, struct.pack("<HHHh", 290 % 256, 0, 0, 1514), 64 + 8 * (290 % 256))
     rig.refused("batch of answers open")
@@ -193,7 +223,7 @@ def test_a_receive_ring_is_copied_again_until_it_is_unambiguous(
 ) -> None:
     at = 64 + 8 * (290 % 256)
     rig.guest.backend_writes(RX, struct.pack("<HHHh", 290 % 256, 0, 0, 1514), at)
-    monkeypatch.setattr(source, "_QUIET_BOUND", 30.0)
+    monkeypatch.setattr(source, "_QUIET_BOUND", dict.fromkeys(Kind, 30.0))
     monkeypatch.setattr(os, "sched_yield", lambda: rig.indices(RX, 300, 291))
     rig.capture()
     requests, _, responses, _ = struct.unpack_from("<4I", rig.copies()[RX])
@@ -281,7 +311,7 @@ def test_each_call_that_fails_leaves_the_guest_running_and_the_log_whole(
         (native, "scan_bitmap"),
         (native, "subtract"),
         (rings, "xenstore_empty"),
-        (rings, "transmit_answered"),
+        (rings, "answered"),
         (rings, "receive_unambiguous"),
         (source, "timekeeping_at_rest"),
         (StateEncoder, "encode"),

@@ -14,6 +14,7 @@ from checkpoint.errors import NotQuiescent
 from checkpoint.guest.linux import read_layout
 from checkpoint.xen import dirty, mapping, source, tables, toolstack
 from checkpoint.xen.control import Domain
+from checkpoint.xen.rings import Kind
 from checkpoint.xen.source import XenSource
 from checkpoint.xen.state import MachineState
 from tests.unit.guest_fifo import WORDS
@@ -23,9 +24,9 @@ from tests.unit.xen_fakes import FakeDomain, FakeStore, FakeXen, save_file
 DOMID = 3
 STORE_GFN, CONSOLE_GFN = 0xFEFFC, 0xFEFFF
 #: guest frames of the rings, of a receive buffer and of plain data
-TX, RX, BUFFER, DATA = 0x300, 0x301, 0x302, 0x310
-TX_REFERENCE, RX_REFERENCE, BUFFER_REFERENCE = 8, 9, 10
-VIF = "device/vif/0"
+TX, RX, BUFFER, BLOCK, DATA = 0x300, 0x301, 0x302, 0x303, 0x310
+TX_REFERENCE, RX_REFERENCE, BUFFER_REFERENCE, BLOCK_REFERENCE = 8, 9, 10, 11
+VIF, VBD = "device/vif/0", "device/vbd/51712"
 
 
 class Rig:
@@ -62,6 +63,7 @@ class Rig:
         )
         for reference, gfn in (
             (TX_REFERENCE, TX), (RX_REFERENCE, RX), (BUFFER_REFERENCE, BUFFER),
+            (BLOCK_REFERENCE, BLOCK),
         ):  # fmt: skip
             self.guest.grant(reference, gfn)
         self.indices(TX, 7, 7)
@@ -74,17 +76,25 @@ class Rig:
         monkeypatch.setattr(source, "Store", self.store.connect)
         monkeypatch.setattr(toolstack, "destroy", self.destroyed.append)
         # A bound that no test should have to wait for; those that do set their own.
-        monkeypatch.setattr(source, "_QUIET_BOUND", 0.005)
+        monkeypatch.setattr(source, "_QUIET_BOUND", dict.fromkeys(Kind, 0.005))
         libs: Any = self.xen
         self.domain = Domain(DOMID, libs)
         description = Description("web", "u-u-i-d", DOMID, 2, self.pages, "xen")
-        self.source = XenSource(self.domain, description, [], self.layout, [STORE_GFN, CONSOLE_GFN])
+        self.source = XenSource(
+            self.domain, description, [], [], self.layout, [STORE_GFN, CONSOLE_GFN]
+        )
         self.staging = Staging(256)
         self.closed = 0
 
     def indices(self, gfn: int, requests: int, responses: int) -> None:
         """Set a ring's producer indices."""
         self.guest.page(gfn)[:16] = struct.pack("<4I", requests, 1, responses, 1)
+
+    def add_disk(self) -> None:
+        """Connect a disk, nothing of which is under way."""
+        self.store.set(f"{VBD}/state", "4")
+        self.store.set(f"{VBD}/ring-ref", str(BLOCK_REFERENCE))
+        self.indices(BLOCK, 40, 40)
 
     def slot(self, gfn: int, slot: int, reference: int) -> None:
         """Put a request into a receive ring's slot."""
