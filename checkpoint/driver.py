@@ -107,12 +107,14 @@ class Captured:
     :ivar pages: pages copied
     :ivar pause_ns: time from the pause call until the unpause call is made, nanoseconds; the return
         of that call would tell when Dom0 got its processor back, not when the guest did
-    :ivar retries: pause points given up before this one
+    :ivar settle_ns: the part of it until the output epoch could be closed
+    :ivar close_ns: the part of it that closing took
     """
 
     pages: int
     pause_ns: int
-    retries: int
+    settle_ns: int
+    close_ns: int
 
 
 class Source(Protocol):

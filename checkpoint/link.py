@@ -22,7 +22,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,10 @@ class LinkOptions:
     user_timeout: float = 30.0
 
 
+FrameHandler = Callable[[Frame], bool]
+"""Takes a frame and says whether it has handled it; see :meth:`Link.divert`."""
+
+
 class Link(asyncio.BufferedProtocol):
     """One end of one connection.  Made by :mod:`checkpoint.network`; all methods in one loop.
 
@@ -137,6 +141,8 @@ class Link(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._parser = Parser()
         self._frames: deque[Frame] = deque()
+        self._handler: FrameHandler | None = None
+        self._thrown: CheckpointError | None = None
         self._queued = 0
         self._deaf = False
         self._heard = time.monotonic()
@@ -217,6 +223,10 @@ class Link(asyncio.BufferedProtocol):
             self._write()
         return crc
 
+    def push(self) -> None:
+        """Write what was put, without waiting: for what is small, and not followed by more."""
+        self._write()
+
     async def flush(self) -> None:
         """Write what was put, and wait while too much of it is unsent.
 
@@ -238,11 +248,12 @@ class Link(asyncio.BufferedProtocol):
     async def receive(self) -> Frame:
         """The next frame other than heartbeats, checked by its header; for one caller at a time.
 
-        :raise CheckpointError: the connection has ended, and every frame before was delivered
+        :raise CheckpointError: the connection has ended, and every frame before was delivered; or
+            what the handler raised that frames are diverted to
         """
         while not self._frames:
-            if self.closed:
-                raise self.error()
+            if self._thrown is not None or self.closed:
+                raise self._thrown or self.error()
             self._arrived.clear()
             await self._arrived.wait()
         frame = self._frames.popleft()
@@ -253,6 +264,17 @@ class Link(asyncio.BufferedProtocol):
             if not self.closed:
                 self._transport.resume_reading()
         return frame
+
+    def divert(self, handler: FrameHandler | None) -> None:
+        """Hand frames to ``handler`` in the very callback that received them, or no longer.
+
+        It saves each frame a task's wake-up, which is most of the time that a small one takes.
+        ``handler`` gets each frame that :meth:`receive` would return, unless one before it still
+        waits there; one that it does not handle (False) goes there too.  A
+        :class:`CheckpointError` that it raises is what :meth:`receive` raises next; then nothing
+        is diverted any more.
+        """
+        self._handler = handler
 
     async def expect(self, *types: FrameType) -> tuple[Frame, Fields]:
         """The next frame, which must be one of ``types`` and carries JSON.
@@ -354,10 +376,22 @@ class Link(asyncio.BufferedProtocol):
         if not greeting and role[0].upper() not in spec.roles:
             raise ProtocolError(f"{frame.type.name} came on a {role} connection")
         self._hello_came = True
-        if frame.type is not FrameType.HEARTBEAT:
+        if frame.type is not FrameType.HEARTBEAT and not self._divert(frame):
             self._frames.append(frame)
             self._queued += frame.size
             self._arrived.set()
+
+    def _divert(self, frame: Frame) -> bool:
+        if self._thrown is not None:
+            return True  # what comes after a failure is of no more use
+        if self._handler is None or self._frames:
+            return False
+        try:
+            return self._handler(frame)
+        except CheckpointError as error:
+            self._thrown = error
+            self._arrived.set()
+            return True
 
     # ---- Called by the transport ----
 

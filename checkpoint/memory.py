@@ -217,7 +217,9 @@ class MemorySource:
                 shared = guest.shared
                 if len(guest.dirty.union(shared)) > staging.capacity:
                     raise OverflowError(f"{len(guest.dirty)} pages are dirty")
+                settled = time.monotonic_ns()
                 close_output()
+                closed = time.monotonic_ns()
                 if self._hypervisor.restless_late > 0:
                     self._hypervisor.restless_late -= 1
                     raise NotQuiescent("the guest is busy after all; expected a pause point")
@@ -237,7 +239,9 @@ class MemorySource:
             if not leave_paused:
                 self.unpause()
                 reach("unpaused")
-        return Captured(staging.count, time.monotonic_ns() - started, 0)
+        return Captured(
+            staging.count, time.monotonic_ns() - started, settled - started, closed - settled
+        )
 
     def pause(self) -> None:
         """Stop the guest."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,7 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import reach
 from checkpoint.link import Link, LinkError, PeerRefused, PeerSilent
 from checkpoint.runstate import Runstate
+from checkpoint.stages import Stages
 from checkpoint.wire import Fields, Frame, FrameType, Totals, decode_json
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ GOODBYE_TIME = 5.0
 T = TypeVar("T")
 
 _Handler = Callable[[Frame], Awaitable[None]]
+_EPOCHS = (Runstate.PROTECTING, Runstate.COMMITTING)
 _TAKES_PAGES = (Runstate.BASE, Runstate.PROTECTING, Runstate.COMMITTING)
 
 
@@ -84,8 +87,11 @@ class Standby(Protocol):
         with its sentence; :class:`StaleGeneration` says why in a way that a program understands.
         """
 
-    async def committed(self, committed: Committed) -> None:
-        """An epoch is complete and verified; called before its ACK is sent."""
+    def committed(self, committed: Committed) -> Awaitable[None] | None:
+        """An epoch is complete and verified; called before its ACK is sent.
+
+        :return: what to wait for before the ACK; None when there is nothing to wait for
+        """
 
     async def handover(self, generation: int, committed: Committed) -> dict[str, Any]:
         """Own and revive the guest; the result goes to the primary.
@@ -110,6 +116,8 @@ class Receiver:
     :ivar generation: the generation that the session protects
     :ivar committed: the last acknowledged epoch; None before the base copy is complete
     :ivar stood_down: whether the primary was or may have been told that this end never takes over
+    :ivar stages: how long each epoch took here: from its first frame to COMMIT ("receive", in which
+        "verify" is contained), from COMMIT to ACK, and to apply it
     """
 
     def __init__(self, link: Link, standby: Standby) -> None:
@@ -125,6 +133,11 @@ class Receiver:
         self._totals = Totals()
         self._staged: list[Verified] = []
         self._state: bytes | None = None
+        self._staged_bytes = 0
+        self._completed: tuple[Committed, Awaitable[None] | None] | None = None
+        self.stages = Stages("receive", "verify", "ack", "apply")
+        self._begun_ns = self._verify_ns = self._commit_ns = self._ack_ns = 0
+        self._busy = False
         self._outcome: Outcome | None = None
         self._halted = False
         self._running = False
@@ -147,12 +160,16 @@ class Receiver:
         :raise CheckpointError: what :class:`Standby` raised; the primary was told
         """
         self._running = True
+        self.link.divert(self._arrived)
         try:
             while self._outcome is None:
                 frame = await self.link.receive()
-                if self._halted:
+                # An epoch of which the standby was told is brought to its end all the same.
+                if self._halted and self._completed is None:
                     raise self.link.error()
+                self._busy = True
                 await self._handle(frame)
+                self._busy = False
             await self._goodbye()
             return self._outcome
         except CheckpointError as error:
@@ -167,6 +184,7 @@ class Receiver:
                 or not lost
             )
             self.runstate = Runstate.CLOSED
+            self.link.divert(None)
             self._staged.clear()
             self.link.end(None)
             self._done.set()
@@ -214,6 +232,27 @@ class Receiver:
 
     # ---- Frames ----
 
+    def _arrived(self, frame: Frame) -> bool:
+        """Handle a small frame of an epoch where it arrived; False leaves it to :meth:`run`."""
+        if self._busy or self.runstate not in _EPOCHS or len(frame.payload) >= INLINE:
+            return False
+        match frame.type:
+            case FrameType.PAGES:
+                epoch = self._epoch_of_pages(frame)
+                began = time.monotonic_ns()
+                batch = self._decoder.verify(frame.flags, frame.payload)
+                self._verify_ns += time.monotonic_ns() - began
+                self._stage(epoch, frame, batch)
+            case FrameType.STATE:
+                self._take_state(frame)
+            case FrameType.COMMIT if (
+                self.runstate is Runstate.COMMITTING and self._staged_bytes < INLINE
+            ):
+                return self._commit_at_once(frame)
+            case _:
+                return False
+        return True
+
     async def _handle(self, frame: Frame) -> None:
         entry = self._handlers.get(frame.type)
         if entry is None or self.runstate not in entry[0]:
@@ -246,31 +285,53 @@ class Receiver:
             )
         return due
 
-    async def _on_pages(self, frame: Frame) -> None:
-        assert self.shell is not None
+    def _begin(self) -> None:
+        if self.runstate is Runstate.PROTECTING:
+            self.runstate = Runstate.COMMITTING
+            self._begun_ns = time.monotonic_ns()
+            self._verify_ns = 0
+
+    def _epoch_of_pages(self, frame: Frame) -> int:
         epoch = self._epoch(frame)
         if self._state is not None:
             raise ProtocolError(f"PAGES of epoch {epoch} came after its STATE")
+        self._begin()
+        return epoch
+
+    async def _on_pages(self, frame: Frame) -> None:
+        assert self.shell is not None
+        epoch = self._epoch_of_pages(frame)
         size = len(frame.payload)
+        began = time.monotonic_ns()
         batch = await self._work(size, self._decoder.verify, frame.flags, frame.payload)
-        self._totals.add(size, frame.crc, batch.pages)
+        self._verify_ns += time.monotonic_ns() - began
         if epoch == 0:
+            self._totals.add(size, frame.crc, batch.pages)
             await self._work(size, self._decoder.apply, batch, self.shell.memory)
-            return
-        self.runstate = Runstate.COMMITTING
+        else:
+            self._stage(epoch, frame, batch)
+
+    def _stage(self, epoch: int, frame: Frame, batch: Verified) -> None:
+        self._totals.add(len(frame.payload), frame.crc, batch.pages)
         if self._totals.pages > self._decoder.pages:
             raise ProtocolError(f"epoch {epoch} has more pages than the guest")
         self._staged.append(batch)
+        self._staged_bytes += len(batch.body)
 
     async def _on_state(self, frame: Frame) -> None:
+        self._take_state(frame)
+
+    def _take_state(self, frame: Frame) -> None:
         epoch = self._epoch(frame)
         if self._state is not None:
             raise ProtocolError(f"STATE of epoch {epoch} came twice")
-        self.runstate = Runstate.COMMITTING
+        self._begin()
         self._state = self._decoder.decode_state(frame.flags, frame.payload)
         self._totals.add(len(frame.payload), frame.crc)
 
-    async def _on_commit(self, frame: Frame) -> None:
+    def _complete(self, frame: Frame) -> tuple[Committed, Awaitable[None] | None]:
+        """Compare COMMIT with what came, and tell :class:`Standby`."""
+        self._commit_ns = time.monotonic_ns()
         epoch = self._epoch(frame)
         if epoch > 0 and self._state is None:
             raise ProtocolError(f"COMMIT of epoch {epoch} came without its STATE")
@@ -283,33 +344,67 @@ class Receiver:
             # Nothing but heartbeats follows COMMIT, so this is when it came.
             captured_at=self.link.last_heard - age_ns / 1e9,
         )
-        await self._standby.committed(committed)
-        reach("epoch-complete")
-        # From here the epoch counts: it is applied even if its ACK cannot be sent any more.
-        self.committed = committed
+        return committed, self._standby.committed(committed)
+
+    def _commit_at_once(self, frame: Frame) -> bool:
+        committed, wait = self._complete(frame)
+        if wait is not None:
+            self._completed = (committed, wait)
+            return False
         try:
-            self.link.put(FrameType.ACK, epoch=epoch)
+            self._acknowledge(committed)
+            self.link.push()
+            reach("ack-sent")
+        finally:
+            self._apply_all(committed.epoch)
+            self._end_epoch()
+        return True
+
+    async def _on_commit(self, frame: Frame) -> None:
+        # What the callback that received COMMIT has begun, if it has.
+        committed, wait = self._completed or self._complete(frame)
+        self._completed = None
+        if wait is not None:
+            await wait
+        try:
+            self._acknowledge(committed)
             await self.link.flush()
             reach("ack-sent")
         finally:
-            await self._apply(epoch)
-            self._totals = Totals()
-            self._state = None
-            self.runstate = Runstate.PROTECTING
+            await self._work(self._staged_bytes, self._apply_all, committed.epoch)
+            self._end_epoch()
 
-    async def _apply(self, epoch: int) -> None:
-        staged, self._staged = self._staged, []
+    def _acknowledge(self, committed: Committed) -> None:
+        reach("epoch-complete")
+        # From here the epoch counts: it is applied even if its ACK cannot be sent any more.
+        self.committed = committed
+        self.link.put(FrameType.ACK, epoch=committed.epoch)
+        self._ack_ns = time.monotonic_ns()
+
+    def _apply_all(self, epoch: int) -> None:
+        assert self.shell is not None
         try:
-            await self._work(sum(len(batch.body) for batch in staged), self._apply_all, staged)
+            for batch in self._staged:
+                reach("apply-batch")
+                self._decoder.apply(batch, self.shell.memory)
         except (ValueError, OSError) as error:
             raise ApplyError(f"epoch {epoch} could not be applied: {error}") from error
-        reach("applied")
 
-    def _apply_all(self, staged: list[Verified]) -> None:
-        assert self.shell is not None
-        for batch in staged:
-            reach("apply-batch")
-            self._decoder.apply(batch, self.shell.memory)
+    def _end_epoch(self) -> None:
+        reach("applied")
+        now = time.monotonic_ns()
+        if self._begun_ns:  # not the base copy
+            self.stages.add(
+                self._commit_ns - self._begun_ns,
+                self._verify_ns,
+                self._ack_ns - self._commit_ns,
+                now - self._ack_ns,
+            )
+        self._begun_ns = self._staged_bytes = 0
+        self._staged = []
+        self._totals = Totals()
+        self._state = None
+        self.runstate = Runstate.PROTECTING
 
     async def _on_handover(self, frame: Frame) -> None:
         generation = decode_json(frame).integer("generation")

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoint.codec import Coded
 from checkpoint.driver import Description
@@ -15,7 +15,7 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import reach
 from checkpoint.link import Link
 from checkpoint.runstate import Runstate, StateError
-from checkpoint.wire import FrameType, Totals
+from checkpoint.wire import Frame, FrameType, Totals
 
 _FLUSH = 1 << 16
 """Payloads of so many bytes are sent before the next is asked for."""
@@ -39,6 +39,15 @@ class Sent:
     ack_ns: int
 
 
+class _Awaited(NamedTuple):
+    """The epoch that :meth:`Sender.start_epoch` has sent."""
+
+    epoch: int
+    acked: Callable[[Sent], None]
+    begin_ns: int
+    sent_ns: int
+
+
 class Sender:
     """The primary's end.
 
@@ -52,6 +61,8 @@ class Sender:
         self.runstate = Runstate.GREETED
         self.acked = -1
         self._totals = Totals()
+        self._awaited: _Awaited | None = None
+        link.divert(self._arrived)
 
     @asynccontextmanager
     async def _step(
@@ -129,8 +140,7 @@ class Sender:
         :param epoch: one more than :attr:`acked`
         :param captured_ns: ``time.monotonic_ns()`` when the guest was paused for it
         """
-        if epoch != self.acked + 1:
-            raise ValueError(f"epoch {epoch} after epoch {self.acked}")
+        self._check_epoch(epoch)
         begin = time.monotonic_ns()
         allowed, during = (Runstate.PROTECTING,), Runstate.COMMITTING
         async with self._step("send_epoch", allowed, during, Runstate.PROTECTING):
@@ -139,24 +149,87 @@ class Sender:
                 self._put_pages(epoch, batch)
                 if len(batch.payload) >= _FLUSH:
                     await self.link.flush()
-            crc = self.link.put(FrameType.STATE, state.payload, flags=state.flags, epoch=epoch)
-            self._totals.add(len(state.payload), crc)
+            self._put_state(epoch, state)
             await self._commit(epoch, max(0, time.monotonic_ns() - captured_ns))
             sent = time.monotonic_ns()
             await self._await_ack(epoch)
         return Sent(self._totals.wire_bytes, sent - begin, time.monotonic_ns() - sent)
+
+    def start_epoch(
+        self,
+        epoch: int,
+        batches: Iterable[Coded],
+        state: Coded,
+        captured_ns: int,
+        acked: Callable[[Sent], None],
+    ) -> None:
+        """As :meth:`send_epoch`, for a small epoch: waits for nothing.
+
+        ``acked`` is called in the event loop's callback that received the ACK.  It is not called
+        when the connection ends before; :meth:`Link.wait_closed` tells of that.
+        """
+        self._check_epoch(epoch)
+        if self.runstate is not Runstate.PROTECTING:
+            raise StateError("start_epoch", self.runstate, (Runstate.PROTECTING,))
+        begin = time.monotonic_ns()
+        self.runstate = Runstate.COMMITTING
+        self._totals = Totals()
+        try:
+            for batch in batches:
+                self._put_pages(epoch, batch)
+            self._put_state(epoch, state)
+            self._put_commit(epoch, max(0, time.monotonic_ns() - captured_ns))
+            self._awaited = _Awaited(epoch, acked, begin, time.monotonic_ns())
+            self.link.push()
+            reach("commit-sent")
+        except CheckpointError as error:
+            self._over(error)
+            raise
+        except BaseException:
+            self._over(None)
+            raise
+
+    def _arrived(self, frame: Frame) -> bool:
+        awaited = self._awaited
+        if awaited is None:
+            return False
+        try:
+            self._take_ack(frame, awaited.epoch)
+        except ProtocolError as error:
+            self._over(error, "protocol")
+            raise
+        now = time.monotonic_ns()
+        self._awaited = None
+        self.runstate = Runstate.PROTECTING
+        awaited.acked(
+            Sent(self._totals.wire_bytes, awaited.sent_ns - awaited.begin_ns, now - awaited.sent_ns)
+        )
+        return True
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch != self.acked + 1:
+            raise ValueError(f"epoch {epoch} after epoch {self.acked}")
+
+    def _put_state(self, epoch: int, state: Coded) -> None:
+        crc = self.link.put(FrameType.STATE, state.payload, flags=state.flags, epoch=epoch)
+        self._totals.add(len(state.payload), crc)
+
+    def _put_commit(self, epoch: int, age_ns: int) -> None:
+        self.link.put(FrameType.COMMIT, self._totals.pack(age_ns), epoch=epoch)
 
     def _put_pages(self, epoch: int, batch: Coded) -> None:
         crc = self.link.put(FrameType.PAGES, batch.payload, flags=batch.flags, epoch=epoch)
         self._totals.add(len(batch.payload), crc, batch.pages)
 
     async def _commit(self, epoch: int, age_ns: int) -> None:
-        self.link.put(FrameType.COMMIT, self._totals.pack(age_ns), epoch=epoch)
+        self._put_commit(epoch, age_ns)
         await self.link.flush()
         reach("commit-sent")
 
     async def _await_ack(self, epoch: int) -> None:
-        frame = await self.link.receive()
+        self._take_ack(await self.link.receive(), epoch)
+
+    def _take_ack(self, frame: Frame, epoch: int) -> None:
         if frame.type is not FrameType.ACK or frame.epoch != epoch:
             raise ProtocolError(
                 f"{frame.type.name} of epoch {frame.epoch} came, expected ACK of epoch {epoch}"

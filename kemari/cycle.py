@@ -2,7 +2,9 @@
 """The checkpoint cycle of one guest: capture, send, release, and the guest's output buffer.
 
 The hot path.  A held frame makes the tap readable; the capture runs at once, in that callback, in
-the loop's thread, unless it is a big one.  Nothing here decides: events go to
+the loop's thread, unless it is a big one; so do coding and sending.  The ACK is judged in the
+callback that receives it, and lets the output go there.  No task is woken for a small epoch: in a
+slow Dom0 that costs more than all the rest.  Nothing here decides: events go to
 :class:`kemari.epoch.Primary`, whose actions come back through :class:`Keeper`.
 """
 
@@ -11,14 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from checkpoint.codec import Coded, Encoder
 from checkpoint.driver import Captured, Source, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent
 from checkpoint.faultpoints import reach
-from checkpoint.sender import Sender
+from checkpoint.sender import Sender, Sent
 from kemari.actions import Actions
 from kemari.epoch import Primary
 from kemari.output import Output
@@ -39,6 +41,9 @@ RETRY_LIMIT: Final = 0.1
 #: which protection is given up: the guest's output must not be held for ever.
 CAPTURE_LIMIT: Final = 10.0
 ACK_LIMIT: Final = 20.0
+#: Seconds between two looks at how much output is held while an epoch is in flight: what may come
+#: meanwhile must fit between high water and limit (``docs/netbuffer.md``).
+LOOK_PAUSE: Final = 0.020
 
 
 class Keeper(Protocol):
@@ -85,16 +90,19 @@ class Cycle:
         self._loop = asyncio.get_running_loop()
         self._staging = Staging(min(STAGING_PAGES, source.description.pages))
         self._pages_before = source.description.pages
-        self._captured_ns = 0
+        self._captured_ns = self._release_ns = 0
+        self._stages: tuple[int, ...] = ()
         self._stalled_at = 0.0
+        self._looked_at = 0.0
         self._retry_delay = RETRY
-        self._timer: asyncio.TimerHandle | None = None
-        self._ack_timer: asyncio.TimerHandle | None = None
+        self._interval_timer = Deadline(self._on_interval)
+        self._ack_timer = Deadline(self._on_ack_limit)
         self._restless_since = 0.0
         self._listening = False
         self._closed = False
         self._capturing: asyncio.Task[None] | None = None
-        self.sending: asyncio.Task[None] | None = None
+        self._at_rest = asyncio.Event()
+        self._at_rest.set()
 
     def listen(self) -> None:
         """Begin to hear of held frames; the output buffer is set up."""
@@ -106,11 +114,14 @@ class Cycle:
         if self._listening:
             self._listening = False
             self._loop.remove_reader(self._output.fileno())
-        for timer in (self._timer, self._ack_timer):
-            if timer is not None:
-                timer.cancel()
+        self._interval_timer.close()
+        self._ack_timer.close()
         if self._capturing is not None:
             await asyncio.wait({self._capturing})
+
+    async def at_rest(self) -> None:
+        """Wait until no epoch is on its way to the standby; for ever once the connection ended."""
+        await self._at_rest.wait()
 
     # ---- Events ----
 
@@ -121,7 +132,7 @@ class Cycle:
             if seen == 0:
                 return
             if machine.capturing or machine.captured > machine.acked:
-                full = not machine.stalled and self._output.full()
+                full = not machine.stalled and self._look()
             else:
                 full = False
                 self._keeper.statistics.by_output += 1
@@ -130,8 +141,18 @@ class Cycle:
             return
         self._keeper.do(machine.buffer_full() if full else machine.output_held())
 
+    def _look(self) -> bool:
+        """Whether so much is held that the guest must wait; asks the kernel now and then."""
+        now = self._loop.time()
+        if now - self._looked_at < LOOK_PAUSE:
+            return False
+        self._looked_at = now
+        return self._output.full()
+
+    def _on_ack_limit(self) -> None:
+        self._keeper.link_lost(f"no acknowledgement within {ACK_LIMIT:g} s")
+
     def _on_interval(self) -> None:
-        self._timer = None
         self._keeper.statistics.by_interval += 1
         self._keeper.do(self._keeper.machine.interval_elapsed())
 
@@ -150,9 +171,7 @@ class Cycle:
 
     def arm(self) -> None:
         """Start the interval anew."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(self._interval, self._on_interval)
+        self._interval_timer.set(self._interval)
 
     def arm_retry(self) -> None:
         """Come back after a short while, a longer one each time."""
@@ -178,17 +197,17 @@ class Cycle:
         """Let the output of the acknowledged epoch leave."""
         self._closed = False
         reach("release")
+        began = time.monotonic_ns()
         try:
             self._output.release_epoch()
         except Exception as error:  # noqa: BLE001 - as in _on_frame
             self._output_broke(error)
+        self._release_ns = time.monotonic_ns() - began
         reach("released")
 
     def capture(self, number: int, keep_paused: bool) -> None:
         """Take a checkpoint, here or in a thread."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._interval_timer.clear()
         if self._pages_before <= INLINE_PAGES and self._source.prepared():
             self._captured(number, self._capture_now(keep_paused))
         else:
@@ -232,6 +251,12 @@ class Cycle:
                 keeper.statistics.checkpoints += 1
                 keeper.statistics.pages.add(outcome.pages)
                 keeper.statistics.pause_ms.add(outcome.pause_ns / 1e6)
+                self._stages = (
+                    time.monotonic_ns() - self._captured_ns - outcome.pause_ns,
+                    outcome.settle_ns,
+                    outcome.close_ns,
+                    outcome.pause_ns - outcome.settle_ns - outcome.close_ns,
+                )
                 keeper.do(keeper.machine.captured_epoch(number))
             case NotQuiescent():
                 keeper.statistics.not_quiescent += 1
@@ -267,31 +292,96 @@ class Cycle:
 
     def send(self, number: int) -> None:
         """Send the captured epoch; its ack is the next event."""
-        self.sending = self._keeper.spawn(self._send(number), "send")
-
-    async def _send(self, number: int) -> None:
-        keeper = self._keeper
-        keeper.do(keeper.machine.sent_epoch(number))
-        self._ack_timer = self._loop.call_later(
-            ACK_LIMIT, keeper.link_lost, f"no acknowledgement within {ACK_LIMIT:g} s"
-        )
+        self._keeper.do(self._keeper.machine.sent_epoch(number))
+        self._ack_timer.set(ACK_LIMIT)
+        self._at_rest.clear()
+        if self._staging.count > INLINE_PAGES:
+            self._keeper.spawn(self._send_aside(number), "send")
+            return
+        began = time.monotonic_ns()
         try:
-            if self._staging.count <= INLINE_PAGES:
-                batches = self._encode()
-            else:
-                batches = await asyncio.to_thread(self._encode)
+            batches = self._encode()
             state = self._encoder.encode_state(self._staging.state)
+            encode_ns = time.monotonic_ns() - began
+            self._sender.start_epoch(
+                number, batches, state, self._captured_ns,
+                lambda sent: self._acked(number, encode_ns, sent),
+            )  # fmt: skip
+        except CheckpointError as error:
+            self._send_failed(error)
+
+    async def _send_aside(self, number: int) -> None:
+        began = time.monotonic_ns()
+        try:
+            batches = await asyncio.to_thread(self._encode)
+            state = self._encoder.encode_state(self._staging.state)
+            encode_ns = time.monotonic_ns() - began
             sent = await self._sender.send_epoch(number, batches, state, self._captured_ns)
         except CheckpointError as error:
-            keeper.link_lost(f"a checkpoint did not get through: {error}", error)
-            return
-        finally:
-            self._ack_timer.cancel()
-        took = (time.monotonic_ns() - self._captured_ns) / 1e6
-        keeper.do(keeper.machine.acked_epoch(number))
-        keeper.statistics.commit_ms.add(took)
-        keeper.statistics.wire_bytes.add(sent.wire_bytes)
-        keeper.statistics.total_bytes += sent.wire_bytes
+            self._send_failed(error)
+        else:
+            self._acked(number, encode_ns, sent)
 
     def _encode(self) -> list[Coded]:
         return list(self._encoder.encode(self._staging))
+
+    def _send_failed(self, error: CheckpointError) -> None:
+        self._ack_timer.clear()
+        self._at_rest.set()
+        self._keeper.link_lost(f"a checkpoint did not get through: {error}", error)
+
+    def _acked(self, number: int, encode_ns: int, sent: Sent) -> None:
+        """The standby holds epoch ``number``: its output leaves first of all."""
+        keeper = self._keeper
+        commit_ms = (time.monotonic_ns() - self._captured_ns) / 1e6
+        stages = self._stages
+        self._ack_timer.clear()
+        self._at_rest.set()
+        # This may capture and send the next epoch already.
+        keeper.do(keeper.machine.acked_epoch(number))
+        statistics = keeper.statistics
+        statistics.commit_ms.add(commit_ms)
+        statistics.wire_bytes.add(sent.wire_bytes)
+        statistics.total_bytes += sent.wire_bytes
+        statistics.stages.add(*stages, encode_ns, sent.send_ns, sent.ack_ns, self._release_ns)
+
+
+class Deadline:
+    """A timer that is set and cleared far more often than it comes due.
+
+    The event loop is asked for a wake-up only when none is under way: setting and clearing cost
+    next to nothing.
+    """
+
+    def __init__(self, due: Callable[[], None]) -> None:
+        self._due = due
+        self._at: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, delay: float) -> None:
+        """Come due after ``delay`` seconds, the same ones each time, instead of when set before."""
+        self._at = self._loop.time() + delay
+        if self._handle is None:
+            self._handle = self._loop.call_at(self._at, self._wake)
+
+    def clear(self) -> None:
+        """Do not come due."""
+        self._at = None
+
+    def close(self) -> None:
+        """Do not come due, and leave nothing behind in the event loop."""
+        self._at = None
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _wake(self) -> None:
+        self._handle = None
+        if self._at is None:
+            return
+        if self._loop.time() < self._at:
+            self._handle = self._loop.call_at(self._at, self._wake)
+        else:
+            self._at = None
+            self._due()

@@ -459,8 +459,9 @@ class Protection:
             return False
         try:
             async with asyncio.timeout(STOP_PATIENCE):
-                if self._cycle is not None and self._cycle.sending is not None:
-                    await asyncio.wait({self._cycle.sending})
+                if self._cycle is not None:
+                    # An ack that comes first is judged first.
+                    await first_of(self._cycle.at_rest(), self._sender.link.wait_closed())
                 await self._sender.stop(why)
         except (CheckpointError, StateError, TimeoutError) as error:
             log.info("%s: no answer to STOP: %s", self.guest, error)

@@ -39,7 +39,7 @@ def _status(status: Status) -> str:
     if status["state"] in ("copying", "connecting") and "progress" in status:
         lines.append(f"  first copy  {progress_line(status['progress'])}")
     figures = status.get("statistics")
-    if figures and figures["checkpoints"]:
+    if figures and figures.get("checkpoints"):
         lines += _figures(figures)
     return "\n".join(lines)
 

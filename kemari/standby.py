@@ -175,6 +175,7 @@ class StandbySession:
             "epoch": self.machine.complete,
             "since": round(self.since, 3),
             "why": self.why,
+            "statistics": {"stages_ms": self._receiver.stages.as_json()},
         }
 
     def note(self, event: str, text: str, **figures: Any) -> None:
@@ -238,7 +239,7 @@ class StandbySession:
             reason=f"standby of {self.primary}",
         )
 
-    async def committed(self, committed: Committed) -> None:
+    def committed(self, committed: Committed) -> None:
         """An epoch is verified and complete; its ACK follows unless this raises."""
         if committed.epoch == 0:
             return

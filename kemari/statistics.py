@@ -7,6 +7,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from checkpoint.stages import Stages
+
 KEEP: Final = 4096
 
 
@@ -63,6 +65,9 @@ class Statistics:
     :ivar commit_ms: from the pause to the ack: how long output of that epoch waited at most
     :ivar pages: pages per checkpoint
     :ivar wire_bytes: bytes sent per checkpoint
+    :ivar stages: how long each stage of a checkpoint took: from what caused it to the pause
+        ("prepare"), the pause in three parts, coding, handing over to the kernel ("send"), waiting
+        for the standby ("ack"), letting output go
     """
 
     checkpoints: int = 0
@@ -78,6 +83,11 @@ class Statistics:
     commit_ms: Reservoir = field(default_factory=Reservoir)
     pages: Reservoir = field(default_factory=Reservoir)
     wire_bytes: Reservoir = field(default_factory=Reservoir)
+    stages: Stages = field(
+        default_factory=lambda: Stages(
+            "prepare", "settle", "close", "copy", "encode", "send", "ack", "release"
+        )
+    )
 
     def as_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
@@ -95,4 +105,5 @@ class Statistics:
             "commit_ms": self.commit_ms.summary(),
             "pages": self.pages.summary(0),
             "wire_bytes": self.wire_bytes.summary(0),
+            "stages_ms": self.stages.as_json(),
         }

@@ -234,7 +234,9 @@ class XenSource:
             }
             self._check_at_rest(context, special[self._special[0]])
             self._await_backends()
+            settled = time.perf_counter_ns()
             close_output()
+            closed = time.perf_counter_ns()
             state = self._copy_shared(staging, context, special)
             reach("rings-copied")
             self._copy_dirty(staging)
@@ -252,7 +254,7 @@ class XenSource:
             raise
         finally:
             self._log_was_read = False
-        return Captured(staging.count, pause_ns, 0)
+        return Captured(staging.count, pause_ns, settled - begun, closed - settled)
 
     def _check_at_rest(self, context: bytes, store_page: bytes) -> None:
         """Look whether this pause point will do.

@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from checkpoint.codec import Encoder
 from checkpoint.driver import PAGE_SIZE, Description, Disk, Nic, Staging
@@ -46,7 +46,10 @@ class RecordingStandby:
     :ivar calls: name and interesting argument of each call
     :ivar failures: error to raise in the call of that name
     :ivar gates: event to wait for in the call of that name
+    :cvar waits: whether an epoch's ACK has something to wait for even without a gate
     """
+
+    waits: ClassVar[bool] = False
 
     def __init__(self, pages: int = PAGES) -> None:
         self.shell = BytesShell(pages)
@@ -57,12 +60,15 @@ class RecordingStandby:
         self.last: Committed | None = None
 
     async def _called(self, name: str, argument: Any) -> None:
-        self.calls.append((name, argument))
-        self.entered.setdefault(name, asyncio.Event()).set()
+        self._enter(name, argument)
         if name in self.gates:
             await self.gates[name].wait()
         if name in self.failures:
             raise self.failures[name]
+
+    def _enter(self, name: str, argument: Any) -> None:
+        self.calls.append((name, argument))
+        self.entered.setdefault(name, asyncio.Event()).set()
 
     async def prepare(
         self, description: Description, generation: int, options: dict[str, Any]
@@ -70,7 +76,17 @@ class RecordingStandby:
         await self._called("prepare", (description, generation, options))
         return self.shell, {"domid": 5}
 
-    async def committed(self, committed: Committed) -> None:
+    def committed(self, committed: Committed) -> Awaitable[None] | None:
+        if self.waits or "committed" in self.gates:
+            return self._committed(committed)
+        self._enter("committed", committed.epoch)
+        if "committed" in self.failures:
+            raise self.failures["committed"]
+        self.last = committed
+        return None
+
+    async def _committed(self, committed: Committed) -> None:
+        await asyncio.sleep(0)
         await self._called("committed", committed.epoch)
         self.last = committed
 
@@ -83,7 +99,12 @@ class RecordingStandby:
 
 
 class Guest:
-    """A guest that writes, and the primary's encoder for it."""
+    """A guest that writes, and the primary's encoder for it.
+
+    :cvar waits: whether epochs are sent by the method that waits, or by the one that does not
+    """
+
+    waits: ClassVar[bool] = False
 
     def __init__(self, pages: int = PAGES) -> None:
         self.noise = random.Random(11)
@@ -127,7 +148,18 @@ class Guest:
         captured = time.monotonic_ns()
         staging = self.staging(self.write())
         state = self.encoder.encode_state(b"machine state %d" % self.epoch)
-        return await sender.send_epoch(self.epoch, self.encoder.encode(staging), state, captured)
+        batches = self.encoder.encode(staging)
+        if self.waits:
+            return await sender.send_epoch(self.epoch, batches, state, captured)
+        acked: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
+        sender.start_epoch(self.epoch, batches, state, captured, acked.set_result)
+        closed = asyncio.ensure_future(sender.link.wait_closed())
+        both: list[asyncio.Future[Any]] = [acked, closed]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        closed.cancel()
+        if acked.done():
+            return acked.result()
+        raise sender.link.error()
 
 
 def hello(name: str, role: str = "replicate", heartbeat: float = 10.0) -> Hello:

@@ -22,7 +22,14 @@ from checkpoint.session import (
     StateError,
 )
 from checkpoint.wire import FrameType, Totals, encode_json
-from tests.unit.session_ends import Guest, Pair, pair
+from tests.unit.session_ends import Guest, Pair, RecordingStandby, pair
+
+
+@pytest.fixture(autouse=True, params=["at once", "waiting"])
+def _waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every scenario where epochs are handled in the callback that receives them, and in a task."""
+    monkeypatch.setattr(Guest, "waits", request.param == "waiting")
+    monkeypatch.setattr(RecordingStandby, "waits", request.param == "waiting")
 
 
 def run(scenario: Callable[[Pair, Guest], Awaitable[None]]) -> None:
@@ -311,6 +318,7 @@ def test_a_cancelled_epoch_closes_the_session() -> None:
     async def scenario(ends: Pair, guest: Guest) -> None:
         await guest.protect(ends.sender)
         ends.standby.gates["committed"] = asyncio.Event()
+        guest.waits = True  # type: ignore[misc]
         sending = asyncio.create_task(guest.checkpoint(ends.sender))
         await asyncio.sleep(0.05)
         sending.cancel()
