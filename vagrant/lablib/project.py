@@ -29,6 +29,7 @@ SOURCES = (
     "kemari",
     "checkpoint",
     "netbuffer",
+    "diskbuffer",
     "dom0-tools",
 )
 # Looked for, not imported: Debian's setuptools cannot be imported after pip.

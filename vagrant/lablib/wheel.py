@@ -82,7 +82,9 @@ def _data_file(name: str, content: bytes, recipe: Recipe) -> tuple[str, LayerFil
         case "purelib" | "platlib":
             return f"{recipe.dist_packages}/{path}", LayerFile(content)
         case "data":
-            return f"{PREFIX}/{path}", LayerFile(content)
+            # Hotplug scripts are files to a wheel, and programs to whoever calls them.
+            made = executable(content) if content.startswith(b"#!") else LayerFile(content)
+            return f"{PREFIX}/{path}", made
         case "scripts":
             if content.startswith(b"#!python"):
                 content = INTERPRETER + content.partition(b"\n")[2]

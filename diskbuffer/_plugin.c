@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: Apache-2.0
+// A plug-in for nbdkit that serves a disk and, while asked to, writes down every change to it in
+// the order in which the changes were made.  docs/disk.md says what it promises.
+//
+// nbdkit's plug-in interface: nbdkit-plugin(3), API version 2.
+
+#define _GNU_SOURCE
+
+#if !__has_include(<nbdkit-plugin.h>)
+#error "nbdkit's header is missing: install the package nbdkit-plugin-dev"
+#endif
+
+#define NBDKIT_API_VERSION 2
+#include <nbdkit-plugin.h>
+
+#include <linux/falloc.h>
+#include <sys/mman.h>
+
+#include "_control.h"
+
+#define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
+
+static struct {
+    bool replica;
+    pthread_t threads[3];
+    unsigned running;
+} plugin;
+
+// ---- Configuration ----
+
+static int set_flag_from(const char *value, bool *flag)
+{
+    int parsed = nbdkit_parse_bool(value);
+    *flag = parsed > 0;
+    return parsed < 0 ? -1 : 0;
+}
+
+static int set_seconds(const char *key, const char *value, double *seconds)
+{
+    char *end;
+    *seconds = strtod(value, &end);
+    if (*end || end == value || !(*seconds >= 0.01 && *seconds <= 86400)) {
+        nbdkit_error("%s=%s: expected 0.01 to 86400 seconds", key, value);
+        return -1;
+    }
+    return 0;
+}
+
+static int disk_config(const char *key, const char *value)
+{
+    if (strcmp(key, "target") == 0)
+        return (disk.target = nbdkit_realpath(value)) ? 0 : -1;
+    if (strcmp(key, "dir") == 0)
+        return (disk.folder = nbdkit_realpath(value)) ? 0 : -1;
+    if (strcmp(key, "bitmap") == 0)
+        return (disk.bitmap_path = nbdkit_absolute_path(value)) ? 0 : -1;
+    if (strcmp(key, "replica") == 0)
+        return set_flag_from(value, &plugin.replica);
+    if (strcmp(key, "readonly") == 0)
+        return set_flag_from(value, &disk.readonly);
+    if (strcmp(key, "clean") == 0)
+        return set_seconds(key, value, &control.clean_every);
+    if (strcmp(key, "patience") == 0)
+        return set_seconds(key, value, &stream.patience);
+    if (strcmp(key, "queue") == 0) {
+        int64_t size = nbdkit_parse_size(value);
+        if (size < (int64_t)MIN_QUEUE || size > INT64_C(1) << 32) {
+            nbdkit_error("queue=%s: expected 4M to 4G", value);
+            return -1;
+        }
+        stream.limit = (uint64_t)size;
+        return 0;
+    }
+    nbdkit_error("unknown parameter %s", key);
+    return -1;
+}
+
+static int disk_config_complete(void)
+{
+    if (disk.target && disk.folder)
+        return 0;
+    nbdkit_error("%s=... is missing", disk.target ? "dir" : "target");
+    return -1;
+}
+
+// ---- Life ----
+
+// One server for a target: an exclusive open of a block device also keeps mounts away, a lock on
+// a file only other servers.  Both end with the process.
+static int open_target(void)
+{
+    struct stat about;
+    if (stat(disk.target, &about) < 0) {
+        nbdkit_error("%s: %s", disk.target, strerror(errno));
+        return -1;
+    }
+    bool block = S_ISBLK(about.st_mode);
+    if (!block && !S_ISREG(about.st_mode)) {
+        nbdkit_error("%s is neither a file nor a block device", disk.target);
+        return -1;
+    }
+    disk.fd = open(disk.target, (disk.readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC |
+                                    (block && !disk.readonly ? O_EXCL : 0));
+    if (disk.fd < 0) {
+        if (errno == EBUSY)
+            nbdkit_error("%s is in use (mounted, or another guest's disk)", disk.target);
+        else
+            nbdkit_error("%s: %s", disk.target, strerror(errno));
+        return -1;
+    }
+    struct flock lock = {.l_type = disk.readonly ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET};
+    if (fcntl(disk.fd, F_OFD_SETLK, &lock) < 0) {
+        nbdkit_error("%s is in use as another guest's disk", disk.target);
+        return -1;
+    }
+    off_t size = lseek(disk.fd, 0, SEEK_END);
+    if (size < SECTOR) {
+        nbdkit_error("%s has %lld bytes, expected at least a sector of %d", disk.target,
+                     (long long)size, SECTOR);
+        return -1;
+    }
+    disk.size = (uint64_t)size / SECTOR * SECTOR;
+    return 0;
+}
+
+static int make_status(void)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/status", disk.folder);
+    // A new file each time: whoever has the former one mapped keeps what it said last.
+    unlink(path);
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0 || ftruncate(fd, 4096) < 0) {
+        nbdkit_error("%s: %s", path, strerror(errno));
+        return -1;
+    }
+    disk.status = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (disk.status == MAP_FAILED) {
+        nbdkit_error("%s: %s", path, strerror(errno));
+        return -1;
+    }
+    put(&disk.status->size, disk.size);
+    put(&disk.status->limit, stream.limit);
+    put(&disk.status->flags, (disk.readonly ? FLAG_READONLY : 0) |
+                                 (plugin.replica ? FLAG_REPLICA : 0));
+    put(&disk.status->version, 1);
+    memcpy(disk.status->magic, "KMRIDISK", 8);
+    return 0;
+}
+
+static int disk_get_ready(void)
+{
+    char path[4096];
+    if (open_target() < 0 || make_status() < 0)
+        return -1;
+    snprintf(path, sizeof path, "%s/control", disk.folder);
+    if (control_listen(path) < 0)
+        return -1;
+    stream.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    stream.queue = mmap(NULL, stream.limit, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stream.wake < 0 || stream.queue == MAP_FAILED) {
+        nbdkit_error("no memory for a queue of %" PRIu64 " bytes", stream.limit);
+        return -1;
+    }
+    // A replica's bitmap is of an earlier time: it is read when the replica becomes a disk.
+    if (disk.bitmap_path && !disk.readonly && !plugin.replica) {
+        const char *wrong = bitmap_load();
+        if (wrong)
+            nbdkit_debug("%s: %s: writes are not tracked", disk.bitmap_path, wrong);
+    }
+    return 0;
+}
+
+static int disk_after_fork(void)
+{
+    void *(*const bodies[])(void *) = {drain_thread, sync_thread, control_thread};
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&disk.room, &monotonic);
+    pthread_cond_init(&disk.data, &monotonic);
+    pthread_cond_init(&disk.sync, &monotonic);
+    put(&disk.status->pid, (uint64_t)getpid());
+    for (; plugin.running < 3; plugin.running++) {
+        int error = pthread_create(&plugin.threads[plugin.running], NULL, bodies[plugin.running],
+                                   NULL);
+        if (error) {
+            nbdkit_error("no thread could be made: %s", strerror(error));
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static void disk_cleanup(void)
+{
+    if (plugin.running == 0)
+        return;
+    pthread_mutex_lock(&disk.lock);
+    disk.stopping = true;
+    if (stream.fd >= 0)
+        shutdown(stream.fd, SHUT_RDWR);
+    pthread_cond_broadcast(&disk.room);
+    pthread_cond_broadcast(&disk.data);
+    pthread_cond_broadcast(&disk.sync);
+    wake_control();
+    pthread_mutex_unlock(&disk.lock);
+    while (plugin.running > 0)
+        pthread_join(plugin.threads[--plugin.running], NULL);
+    if (!disk.readonly && flush_target() < 0)
+        nbdkit_error("%s could not be flushed: %s", disk.target, strerror(errno));
+}
+
+static void *disk_open(int readonly)
+{
+    (void)readonly;
+    return &disk;
+}
+
+static int64_t disk_get_size(void *handle)
+{
+    (void)handle;
+    return (int64_t)disk.size;
+}
+
+static int disk_can_write(void *handle)
+{
+    (void)handle;
+    return !disk.readonly;
+}
+
+static int yes(void *handle)
+{
+    (void)handle;
+    return 1;
+}
+
+// nbdkit calls flush after a write with FUA, so that its record is in the stream behind the
+// write's.
+static int disk_can_fua(void *handle)
+{
+    (void)handle;
+    return NBDKIT_FUA_EMULATE;
+}
+
+static int disk_block_size(void *handle, uint32_t *minimum, uint32_t *preferred,
+                           uint32_t *maximum)
+{
+    (void)handle;
+    *minimum = 1, *preferred = 4096, *maximum = 32u << 20;
+    return 0;
+}
+
+// ---- Requests ----
+
+static int disk_pread(void *handle, void *buffer, uint32_t length, uint64_t offset, uint32_t flags)
+{
+    (void)handle, (void)flags;
+    if (read_all(disk.fd, buffer, length, offset) < 0) {
+        int error = errno;
+        count(&disk.status->errors, 1);
+        nbdkit_error("%s: reading %" PRIu32 " bytes at %" PRIu64 ": %s", disk.target, length,
+                     offset, strerror(error));
+        nbdkit_set_error(error);
+        return -1;
+    }
+    count(&disk.status->reads, 1);
+    count(&disk.status->read_bytes, length);
+    return 0;
+}
+
+static int do_write(const void *data, uint64_t offset, uint64_t length)
+{
+    return write_all(disk.fd, data, length, offset);
+}
+
+static int do_zero(const void *data, uint64_t offset, uint64_t length)
+{
+    (void)data;
+    return fallocate(disk.fd, FALLOC_FL_ZERO_RANGE, (off_t)offset, (off_t)length);
+}
+
+static int do_punch(const void *data, uint64_t offset, uint64_t length)
+{
+    (void)data;
+    int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    return fallocate(disk.fd, mode, (off_t)offset, (off_t)length);
+}
+
+// Make one change: mark it, do it, write it down.  -1 with errno: then it is not in the stream,
+// and what the range holds is unknown, so the standby gets that once more.
+static int change(int (*make)(const void *, uint64_t, uint64_t), struct record record,
+                  const void *payload)
+{
+    int result = -1, error = EROFS;
+    pthread_mutex_lock(&disk.lock);
+    if (disk.readonly || has_flag(FLAG_REPLICA))
+        goto out;
+    await_room(sizeof record + record.length, stream.limit, true);
+    switch (bitmap_mark(record.offset, record.extent)) {
+    case REFUSED:
+        error = EIO;
+        stream_break("The bitmap %s can neither be written nor removed", disk.bitmap_path);
+        goto out;
+    case UNTRACKED:
+        stream_break("The bitmap %s cannot be written", disk.bitmap_path);
+        bitmap_close();
+        break;
+    case MARKED:
+        break;
+    }
+    result = make(payload, record.offset, record.extent);
+    error = errno;
+    if (result == 0)
+        append(&record, payload);
+    else if (error != EOPNOTSUPP) {
+        count(&disk.status->errors, 1);
+        sync_again(record.offset, record.extent);
+    }
+out:
+    pthread_mutex_unlock(&disk.lock);
+    if (result < 0 && error != EOPNOTSUPP)
+        nbdkit_error("%s: changing %" PRIu64 " bytes at %" PRIu64 ": %s", disk.target,
+                     record.extent, record.offset, strerror(error));
+    errno = error;
+    return result;
+}
+
+static int disk_pwrite(void *handle, const void *buffer, uint32_t length, uint64_t offset,
+                       uint32_t flags)
+{
+    (void)handle, (void)flags;
+    const uint8_t *data = buffer;
+    count(&disk.status->writes, 1);
+    count(&disk.status->written_bytes, length);
+    while (length > 0) {
+        uint32_t part = length < SLICE ? length : SLICE;
+        struct record record = make_record(RECORD_WRITE, 0, offset, part, data, part);
+        if (change(do_write, record, data) < 0) {
+            nbdkit_set_error(errno);
+            return -1;
+        }
+        data += part, offset += part, length -= part;
+    }
+    return 0;
+}
+
+static int disk_zero(void *handle, uint32_t length, uint64_t offset, uint32_t flags)
+{
+    static const uint8_t zeros[SLICE];
+    count(&disk.status->writes, 1);
+    bool punch = flags & NBDKIT_FLAG_MAY_TRIM;
+    unsigned kind = punch ? RECORD_PUNCH : 0;
+    struct record whole = make_record(RECORD_ZERO, kind, offset, length, NULL, 0);
+    if (length == 0 || change(punch ? do_punch : do_zero, whole, NULL) == 0)
+        return 0;
+    while (errno == EOPNOTSUPP && length > 0) {
+        uint32_t part = length < SLICE ? length : SLICE;
+        struct record record = make_record(RECORD_ZERO, kind, offset, part, NULL, 0);
+        if (change(do_write, record, zeros) < 0)
+            break;
+        offset += part, length -= part;
+        errno = EOPNOTSUPP;
+    }
+    (void)handle;
+    if (length == 0)
+        return 0;
+    nbdkit_set_error(errno);
+    return -1;
+}
+
+// Discarding is allowed to do nothing, and must not leave contents that only this host has: so it
+// is a hole, which reads as zeros here and on the standby, or nothing.
+static int disk_trim(void *handle, uint32_t length, uint64_t offset, uint32_t flags)
+{
+    (void)handle, (void)flags;
+    struct record record = make_record(RECORD_ZERO, RECORD_PUNCH, offset, length, NULL, 0);
+    if (length == 0 || change(do_punch, record, NULL) == 0 || errno == EOPNOTSUPP)
+        return 0;
+    nbdkit_set_error(errno);
+    return -1;
+}
+
+static int disk_flush(void *handle, uint32_t flags)
+{
+    (void)handle, (void)flags;
+    if (flush_target() < 0) {
+        int error = errno;
+        count(&disk.status->errors, 1);
+        nbdkit_error("%s: flushing: %s", disk.target, strerror(error));
+        nbdkit_set_error(error);
+        return -1;
+    }
+    count(&disk.status->flushes, 1);
+    struct record record = make_record(RECORD_FLUSH, 0, 0, 0, NULL, 0);
+    pthread_mutex_lock(&disk.lock);
+    await_room(sizeof record, stream.limit, true);
+    append(&record, NULL);
+    pthread_mutex_unlock(&disk.lock);
+    return 0;
+}
+
+static struct nbdkit_plugin plugin_table = {
+    .name = "kemari",
+    .longname = "Kemari disk",
+    .description = "a disk whose changes are written down for a standby",
+    .config = disk_config,
+    .config_complete = disk_config_complete,
+    .config_help = "target=PATH    the file or block device (required)\n"
+                   "dir=PATH       folder for the control socket and the status page (required)\n"
+                   "bitmap=PATH    the write-intent bitmap\n"
+                   "replica=BOOL   refuse changes until told that this is the guest's disk\n"
+                   "readonly=BOOL  refuse changes\n"
+                   "queue=SIZE     bytes of changes that wait to be read (64M)\n"
+                   "clean=SECONDS  time between two rounds of clearing marks (10)\n"
+                   "patience=SECONDS  time that a write waits for a reader that stands still (30)",
+    .magic_config_key = "target",
+    .get_ready = disk_get_ready,
+    .after_fork = disk_after_fork,
+    .cleanup = disk_cleanup,
+    .open = disk_open,
+    .get_size = disk_get_size,
+    .can_write = disk_can_write,
+    .can_flush = yes,
+    .can_trim = yes,
+    .can_zero = yes,
+    .can_fua = disk_can_fua,
+    .can_multi_conn = yes,
+    .block_size = disk_block_size,
+    .pread = disk_pread,
+    .pwrite = disk_pwrite,
+    .zero = disk_zero,
+    .trim = disk_trim,
+    .flush = disk_flush,
+    .errno_is_preserved = 1,
+};
+
+NBDKIT_REGISTER_PLUGIN(plugin_table)
