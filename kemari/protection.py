@@ -210,6 +210,8 @@ class Protection:
         """Connect, agree on a generation, have the shell built."""
         host = self._host
         self.guest, self.uuid = source.description.name, source.description.uuid
+        if source.disks:
+            raise Refused(f"{self.guest} has a disk; expected none: disks are not replicated yet")
         link, address = await host.connect_any(self.addresses, "replicate")
         self._link = link
         if link.peer.host_id == host.host_id:

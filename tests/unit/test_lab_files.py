@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from vagrant.lablib import programs
 from vagrant.lablib.command import extend_path, run
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import EXTRA, GuestOptions, config
@@ -289,3 +290,28 @@ def test_options_of_the_guest_are_in_its_configuration() -> None:
     assert f'extra = "{EXTRA} debug"' in lines
     assert 'kernel = "/boot/vmlinuz-test"' in lines
     assert not any("@" in line for line in lines)
+
+
+# ---- Section: the guest's programs ----
+
+LISTED = """\
+\tlinux-vdso.so.1 (0x00007ffd0a5f2000)
+\tlibm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x00007f2a4c3b1000)
+\tliblua5.1.so.0 => /lib/x86_64-linux-gnu/liblua5.1.so.0 (0x00007f2a4c37f000)
+\t/lib64/ld-linux-x86-64.so.2 (0x00007f2a4c6a8000)
+"""
+
+
+def test_libraries_of_a_program() -> None:
+    assert programs.libraries(LISTED) == [
+        "/lib/x86_64-linux-gnu/libm.so.6",
+        "/lib/x86_64-linux-gnu/liblua5.1.so.0",
+        "/lib64/ld-linux-x86-64.so.2",
+    ]
+    with pytest.raises(LabError, match=r"library liblua5.1.so.0 .* is missing"):
+        programs.libraries("\tliblua5.1.so.0 => not found\n")
+
+
+def test_a_guest_has_disks_only_if_it_was_asked_for_one() -> None:
+    assert "vdev" not in config(GuestOptions(), "/boot/vmlinuz")
+    assert config(GuestOptions(disk_mib=64), "/boot/vmlinuz").count("block-kemari") == 2

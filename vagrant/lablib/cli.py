@@ -43,6 +43,9 @@ def _add_guest_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder with boot/vmlinuz-* and lib/modules/* (Dom0's kernel)",
     )
+    group.add_argument(
+        "--guest-disk", type=int, metavar="MIB", help="size of a disk with a database on it (none)"
+    )
     group.add_argument("--guest-extra", metavar="TEXT", help=f'kernel options ("{default.extra}")')
 
 
@@ -53,6 +56,7 @@ def _guest_options(args: argparse.Namespace, given: GuestOptions) -> GuestOption
         memory_mib=given.memory_mib if args.guest_memory is None else args.guest_memory,
         extra=given.extra if args.guest_extra is None else args.guest_extra,
         kernel=given.kernel if kernel is None else kernel.absolute(),
+        disk_mib=given.disk_mib if args.guest_disk is None else args.guest_disk,
     )
 
 

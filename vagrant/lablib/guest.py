@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from vagrant.lablib import programs
 from vagrant.lablib.command import check_programs, run
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.image import HERE, Base, LayerFile, guest_initramfs
@@ -22,6 +23,14 @@ COMMAND_PORT = 7070
 FOLDER = "root/guest"
 EXTRA = "console=hvc0 quiet xen.fifo_events=0 clocksource=tsc tsc=reliable"
 START_TIMEOUT = 300.0
+DATABASE_PORT = 6379
+#: What the guest's database writes to; the same path on both hosts.
+DATA = f"/{FOLDER}/data.img"
+DISKS = f"""disk = [
+    "script=block-kemari,vdev=xvda,access=rw,target={DATA}",
+    "script=block-kemari,vdev=xvdb,access=ro,target=/{programs.PLACE}",
+]
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,7 @@ class GuestOptions:
     :ivar vcpus: number of virtual CPUs
     :ivar memory_mib: its memory
     :ivar extra: its kernel's command line
+    :ivar disk_mib: size of its disk, on which a database writes; 0: it has none
     :ivar kernel: None for Dom0's own kernel, or a folder on this machine that holds
         ``boot/vmlinuz-VERSION`` and ``lib/modules/VERSION`` as a Debian kernel package does
     """
@@ -39,6 +49,7 @@ class GuestOptions:
     memory_mib: int = 128
     extra: str = EXTRA
     kernel: Path | None = None
+    disk_mib: int = 0
 
 
 def compile_demo() -> bytes:
@@ -60,7 +71,8 @@ def config(options: GuestOptions, kernel: str) -> str:
     """
     text = (HERE / "guest" / "guest.cfg").read_text()
     text = text.replace("@KERNEL@", kernel).replace("@EXTRA@", options.extra)
-    return text.replace("@MEMORY@", str(options.memory_mib)).replace("@VCPUS@", str(options.vcpus))
+    text = text.replace("@MEMORY@", str(options.memory_mib)).replace("@VCPUS@", str(options.vcpus))
+    return text + (DISKS if options.disk_mib else "")
 
 
 def _foreign_kernel(folder: Path) -> tuple[bytes, list[Entry]]:

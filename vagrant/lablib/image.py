@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vagrant.lablib import programs
 from vagrant.lablib.command import check_programs, rooted, run, step
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.initramfs import Entry, Modules, archive, folder, insmod_lines, program
@@ -138,6 +139,7 @@ def build_base(recipe: Recipe) -> Base:
             _install_packages(recipe, root)
         with step("making Dom0's disk"):
             _boot_files(root, made)
+            programs.build(root)
             _keys(root, made)
             _disk(recipe, root, made / "dom0.img")
         final = cache / f"{recipe.suite}-{recipe.digest}"

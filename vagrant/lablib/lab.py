@@ -315,12 +315,26 @@ class Lab:
         """
         if options is not None:
             self.write(name, guest_layer(self._base(), options))
+        wanted = options or self.options.guest
+        if wanted.disk_mib:
+            self._empty_disks(name, wanted.disk_mib)
         self.ssh(name, "xl create /root/guest.cfg")
         try:
             wait_for_service(self.network)
         except LabError as error:
             shown = self.ssh(name, f"xl list; tail -n 30 /var/log/xen/xl-{guests.NAME}*.log")
             raise LabError(str(error), shown.stdout) from None
+
+    def _empty_disks(self, name: str, mib: int) -> None:
+        """A new file system for the guest on the host where it starts, as much room on the other.
+
+        :raises LabError: a host has no room or no power
+        """
+        for host in HOSTS:
+            make = f"rm -f {guests.DATA}; truncate -s {mib}M {guests.DATA}"
+            if host == name:
+                make += f" && mkfs.ext4 -q -F -m 0 -J size=4 {guests.DATA}"
+            self.ssh(host, f"{make} && sync")
 
     def guest_stop(self, name: str, *, timeout: float = 300) -> None:
         """Ask the guest on a host to shut down, and wait until it is gone.

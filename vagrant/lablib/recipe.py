@@ -30,6 +30,8 @@ COMMON_PACKAGES = (
     "python3-pyroute2",
     "python3-pyxs",
     "python3-zstandard",
+    # The guest's database.
+    "redis-tools",
     "runit",
     "strace",
     "systemd-sysv",
@@ -43,8 +45,8 @@ COMMON_PACKAGES = (
 # ext4 (crypto_alloc_shash("crc32c")), so modules.dep does not show it.
 DOM0_BOOT_MODULES = ("crc32c_generic", "virtio_pci", "virtio_blk", "ext4")
 
-# The guest's own drivers: the real frontends, not built into Debian's kernel.
-GUEST_MODULES = ("xen-netfront", "xen-blkfront")
+# The guest's own drivers: the real frontends, not built into Debian's kernel, and its file system.
+GUEST_MODULES = ("xen-netfront", "xen-blkfront", "crc32c_generic", "ext4")
 
 
 @dataclass(frozen=True, slots=True)
