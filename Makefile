@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo     a guest survives the power cut of its host, in a lab of two emulated Xen hosts
-# make check    lint, types, documents, unit, property and lab tests; ends with "N passed, N failed"
+# make check    lint, types, documents, speed, unit, property and lab tests; ends with "N passed, N failed"
 # make lint     lint and types only
+# make bench-micro   speed of the page loops on this machine: docs/performance.md
+# make fuzz     the page loops under the sanitizers, on random and damaged batches, a few minutes
 # make docs     whether what the documents refer to is there
 # make lab-up   the lab alone, for trying things out; `vagrant/lab --help` has the rest
 # make lab-down
@@ -15,8 +17,11 @@ STAMP := $(VENV)/.stamp
 DEMO ?=
 CHECK ?=
 LAB ?=
+BENCH ?=
+FUZZ_ROUNDS ?= 200000
+FUZZ_SEED ?= 1
 
-.PHONY: demo check lint docs lab-up lab-down packages clean
+.PHONY: demo check lint docs bench-micro fuzz lab-up lab-down packages clean
 .DEFAULT_GOAL := check
 
 packages:
@@ -39,6 +44,13 @@ check: $(STAMP)
 
 lint: $(STAMP)
 	@$(RUN) .ci/check.py lint format types
+
+bench-micro: $(STAMP)
+	@$(RUN) bench/micro.py $(BENCH)
+
+fuzz: $(STAMP)
+	@PAGES_FUZZ_ROUNDS=$(FUZZ_ROUNDS) PAGES_FUZZ_SEED=$(FUZZ_SEED) \
+		$(RUN) -m pytest -q tests/property/test_native_sanitized.py
 
 docs: $(STAMP)
 	@$(RUN) .ci/check.py docs

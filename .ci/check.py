@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All checks one after the other: lint, types, documents, unit, property and lab tests.
+"""All checks one after the other: lint, types, documents, speed, unit, property and lab tests.
 
 The last line is ``N passed, N failed``, over all tests and with one for each step that is not a
 test; the exit status is 0 only if nothing failed.  A lab test that was skipped counts as failed:
@@ -118,6 +118,7 @@ STEPS: dict[str, Callable[[], Count]] = {
     "format": lambda: step("-m", "ruff", "format", "--quiet", "--check", "."),
     "types": lambda: step("-m", "mypy"),
     "docs": lambda: step(".ci/links.py"),
+    "instructions": lambda: step("bench/instructions.py"),
     "unit": lambda: pytest("unit", "-q", "tests/unit", timeout=15 * MINUTES),
     "property": lambda: pytest("property", "-q", "tests/property", timeout=15 * MINUTES),
     "lab-bookworm": lambda: lab("bookworm", timeout=45 * MINUTES),

@@ -185,6 +185,11 @@ static inline void store64(void *to, uint64_t value)
     memcpy(to, &value, sizeof value);
 }
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PAGES_AVX2
+#include <immintrin.h>
+#endif
+
 /* The loops that the compiler is asked to vectorise, once plainly and once for AVX2; the choice is
  * made when the module is loaded.  Sanitizers do not bear the resolver that this needs. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(PAGES_PLAIN)
@@ -194,8 +199,7 @@ static inline void store64(void *to, uint64_t value)
 #endif
 
 /* A bit for each 64-byte line in which the pages differ. */
-VECTORISED
-static uint64_t lines_changed(const uint8_t *page, const uint8_t *reference)
+static uint64_t lines_changed_plain(const uint8_t *page, const uint8_t *reference)
 {
     uint64_t lines = 0;
     for (unsigned line = 0; line < LINES; line++) {
@@ -206,6 +210,34 @@ static uint64_t lines_changed(const uint8_t *page, const uint8_t *reference)
         lines |= (uint64_t)(difference != 0) << line;
     }
     return lines;
+}
+
+#ifdef PAGES_AVX2
+/* The compiler's own vectors take three times as many instructions: it gathers eight words into one
+ * where a single test tells whether any of them is not zero. */
+__attribute__((target("avx2")))
+static uint64_t lines_changed_avx2(const uint8_t *page, const uint8_t *reference)
+{
+    uint64_t lines = 0;
+    for (unsigned line = 0; line < LINES; line++) {
+        const __m256i *new = (const __m256i *)(const void *)(page + line * 64);
+        const __m256i *old = (const __m256i *)(const void *)(reference + line * 64);
+        __m256i low = _mm256_xor_si256(_mm256_loadu_si256(new), _mm256_loadu_si256(old));
+        __m256i high = _mm256_xor_si256(_mm256_loadu_si256(new + 1), _mm256_loadu_si256(old + 1));
+        __m256i both = _mm256_or_si256(low, high);
+        lines |= (uint64_t)!_mm256_testz_si256(both, both) << line;
+    }
+    return lines;
+}
+#endif
+
+static uint64_t lines_changed(const uint8_t *page, const uint8_t *reference)
+{
+#ifdef PAGES_AVX2
+    if (__builtin_cpu_supports("avx2"))
+        return lines_changed_avx2(page, reference);
+#endif
+    return lines_changed_plain(page, reference);
 }
 
 /* Whether the page is all zero; looks no further than the first 512 bytes that are not. */
@@ -271,12 +303,11 @@ static void page_patch(uint8_t *page, unsigned mask, const uint8_t *maps, const 
 static size_t page_encode(uint64_t gfn, const uint8_t *page, uint8_t *reference, uint8_t *have,
                           uint8_t *out, struct figures *figures)
 {
-    uint64_t lines = *have == REF_SAME ? lines_changed(page, reference) : ~(uint64_t)0;
-    if (!lines) {
-        figures->unchanged++;
-        return 0;
-    }
     if (page_is_zero(page)) {
+        if (*have == REF_SAME && page_is_zero(reference)) {
+            figures->unchanged++;
+            return 0;
+        }
         memset(reference, 0, PAGE_BYTES);
         if (*have == REF_NONE)
             *have = REF_SAME;
@@ -286,9 +317,9 @@ static size_t page_encode(uint64_t gfn, const uint8_t *page, uint8_t *reference,
     }
     if (*have == REF_SAME) {
         uint64_t maps[GROUPS], words[PAGE_WORDS];
+        uint64_t lines = lines_changed(page, reference);
         unsigned changed = page_xor(page, reference, lines, maps, words);
         if (changed == 0) {
-            /* only if the page was changed back between the two looks at it */
             figures->unchanged++;
             return 0;
         }
