@@ -8,16 +8,14 @@ that failed it begins anew.  Tests therefore speak of primary and standby, not o
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 import time
 from dataclasses import dataclass
 from statistics import median
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from vagrant.demolib.hosts import Events, Reply, domains, kemari
+from vagrant.demolib.program import Program
 from vagrant.demolib.talk import Talk
 from vagrant.lablib.guest import NAME as GUEST
 from vagrant.lablib.lab import Lab
@@ -210,64 +208,31 @@ def other(host: str) -> str:
     return HOSTS[1 - HOSTS.index(host)]
 
 
-_QUIET = """
-import json, socket, sys, time
-places = [("10.77.0.10", 7777), ("fd77::10", 7777)]
-open_ones = [socket.create_connection(place, timeout=120).makefile("rw") for place in places]
-print("connected", flush=True)
-number = 0
-for _ in sys.stdin:
-    number += 1
-    said = []
-    for one in open_ones:
-        sent = time.monotonic()
-        one.write(f"{number}\\n")
-        one.flush()
-        said.append({"sent": sent, "words": [int(word) for word in one.readline().split()]})
-    print(json.dumps({"number": number, "said": said}), flush=True)
-"""
-
-
-class Quiet:
+class Quiet(Program):
     """A client with an IPv4 and an IPv6 connection on which nothing happens unless asked for."""
 
     def __init__(self, lab: Lab) -> None:
-        self._process = subprocess.Popen(
-            lab.net_argv(["python3", "-c", _QUIET]),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "connected\n"
+        errors = lab.state / "out" / "quiet.err"
+        super().__init__(lab, "quiet client", ["vagrant.demolib.quiet"], errors)
+        try:
+            self.wait("the connections", lambda event: event["event"] == "connected", timeout=120)
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, times: int = 5) -> tuple[float, float]:
         """Send requests on both connections and check the answers.
 
         :return: guest's monotonic and boot time minus this machine's when asked, in seconds
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         ahead: tuple[list[float], list[float]] = ([], [])
         for _ in range(times):
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-            reply = json.loads(self._process.stdout.readline())
+            mark = self.seen
+            self.tell("")
+            reply = self.wait("an answer", lambda event: event["event"] == "said", since=mark)
             for said in reply["said"]:
                 number, count, mono, boot, _real = said["words"]
                 assert number == count == reply["number"]
                 ahead[0].append(mono / 1e9 - said["sent"])
                 ahead[1].append(boot / 1e9 - said["sent"])
         return median(ahead[0]), median(ahead[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
