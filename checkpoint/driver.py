@@ -188,6 +188,12 @@ class Shell(Protocol):
     nics: list[Nic]
     disks: list[Disk]
 
+    def examine(self, state: bytes) -> None:
+        """Look whether the guest could be run from ``state``; quick, and changes nothing.
+
+        :raise CheckpointError: it could not
+        """
+
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         """Run the guest from ``memory`` and ``state``.
 

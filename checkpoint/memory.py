@@ -279,6 +279,11 @@ class MemoryShell:
         self.nics = self._guest.nics
         self.disks = self._guest.disks
 
+    def examine(self, state: bytes) -> None:
+        """It must say how much the guest has answered."""
+        if "answered" not in json.loads(state):
+            raise ReviveError("the state does not say how much the guest has answered")
+
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         """Run the guest."""
         self._hypervisor.reached("revive")

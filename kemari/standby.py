@@ -243,6 +243,9 @@ class StandbySession:
         """An epoch is verified and complete; its ACK follows unless this raises."""
         if committed.epoch == 0:
             return
+        if committed.epoch == 1 and self._shell is not None:
+            # What could not be run must not be called protected.  Later states are of one kind.
+            self._shell.examine(committed.state)
         for action in self.machine.committed(committed.epoch):
             if isinstance(action, Discard):
                 raise CheckpointError(f"{self._host.config.host} takes no more epochs")

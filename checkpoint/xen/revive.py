@@ -88,11 +88,7 @@ def revive(
     ram = RamView(memory)
     context = Context(state.context)
     store_page_gfn, console_page_gfn = description.detail["special"][:2]
-    reserved = {
-        domain.get_param(HVM_PARAM_STORE_EVTCHN),
-        domain.get_param(HVM_PARAM_CONSOLE_EVTCHN),
-    }
-    _check_reserved(state, reserved)
+    reserved = check_state(domain, description, state)
     vector = _upcall_vector(state)
 
     calls = [
@@ -137,13 +133,31 @@ def revive(
     log.info("guest %s runs after %d ms", description.name, (time.monotonic_ns() - begun) // 10**6)
 
 
-def _check_reserved(state: MachineState, reserved: set[int]) -> None:
-    ports = {event.port for event in state.events}
-    if not reserved <= ports:
+def check_state(domain: Domain, description: Description, state: MachineState) -> set[int]:
+    """Whether ``state`` has all that a revival needs; the ports that the toolstack has made.
+
+    :raise ReviveError: it has not
+    """
+    missing = set(description.detail["special"][:2]).difference(state.pages)
+    if missing:
+        raise ReviveError(f"the state has no page {min(missing):#x} (expected its contents)")
+    if HVM_PARAM_CALLBACK_IRQ not in state.params:
+        raise ReviveError("the state has no HVM parameter 0 (expected how events are delivered)")
+    frames = LinuxLayout.from_json(description.detail["layout"]).grants.gfns
+    if len(state.grants) > len(frames):
+        raise ReviveError(
+            f"the state has {len(state.grants)} grant frames (expected at most {len(frames)})"
+        )
+    reserved = {
+        domain.get_param(HVM_PARAM_STORE_EVTCHN),
+        domain.get_param(HVM_PARAM_CONSOLE_EVTCHN),
+    }
+    if not reserved <= {event.port for event in state.events}:
         raise ReviveError(
             f"the toolstack made event channels {sorted(reserved)} "
             "(expected ones that the guest has)"
         )
+    return reserved
 
 
 def _upcall_vector(state: MachineState) -> int | None:

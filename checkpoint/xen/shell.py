@@ -13,7 +13,7 @@ from checkpoint.xen import control, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CONSOLE_EVTCHN, HVM_PARAM_STORE_EVTCHN, Domain
 from checkpoint.xen.mapping import Mapping
-from checkpoint.xen.revive import revive
+from checkpoint.xen.revive import check_state, revive
 from checkpoint.xen.state import MachineState
 from checkpoint.xen.stream import shell_stream
 
@@ -53,6 +53,9 @@ class XenShell:
     def domid(self) -> int:
         """Number of the shell domain: the guest's own."""
         return self._domain.domid
+
+    def examine(self, state: bytes) -> None:
+        check_state(self._domain, self._description, MachineState.from_bytes(state))
 
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         revive(

@@ -30,6 +30,9 @@ class BytesShell:
         self.nics: list[Nic] = []
         self.disks: list[Disk] = []
 
+    def examine(self, state: bytes) -> None:
+        raise AssertionError("a session never looks into a state")
+
     def revive(self, state: bytes, elapsed_ns: int) -> None:
         raise AssertionError("a session never revives")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import struct
+from collections.abc import Callable
 
 import pytest
 
@@ -15,6 +16,7 @@ from checkpoint.xen import revive, shell
 from checkpoint.xen.context import Context
 from checkpoint.xen.host import XenHost
 from checkpoint.xen.shell import XenShell
+from checkpoint.xen.state import MachineState
 from tests.unit.xen_guest import CONSOLE_GFN, DOMID, STORE_GFN, VBD, VIF
 from tests.unit.xen_machine import Port
 from tests.unit.xen_world import NEW_TIME, OLD_TIME, STUB, World
@@ -81,6 +83,29 @@ def test_a_guest_comes_to_life(world: World) -> None:
     assert world.renamed == [(DOMID, "web")]
     assert not world.standby.mapped
     assert not world.standby.resources
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda state: state.pages.pop(STORE_GFN), "no page 0xfeffc"),
+        (lambda state: state.params.clear(), "no HVM parameter 0"),
+        (lambda state: state.events.clear(), r"made event channels \[1, 2\]"),
+        (lambda state: state.grants.extend([bytes(PAGE_SIZE)] * 1000), "grant frames .expected"),
+    ],
+)
+def test_a_state_that_cannot_be_run_is_known_before(
+    world: World, damage: Callable[[MachineState], object], reason: str
+) -> None:
+    made = prepared(world)
+    made.examine(world.state)
+    state = MachineState.from_bytes(world.state)
+    damage(state)
+    with pytest.raises(ReviveError, match=reason):
+        made.examine(state.to_bytes())
+    with pytest.raises(ReviveError, match=reason):
+        made.revive(state.to_bytes(), 0)
+    assert world.standby.domains[DOMID].pauses == 1
 
 
 def test_a_disk_attaches_to_its_ring(world: World) -> None:
