@@ -240,6 +240,7 @@ HOST_FILES = {
     # /etc/service is a link to .../default.
     "etc/runit/runsvdir/default/kemarid/run": ("kemarid-run", True),
     "etc/runit/runsvdir/default/kemarid/finish": ("kemarid-finish", True),
+    "etc/xen/scripts/block-kemari": ("block-kemari", True),
     "etc/hosts": ("hosts", False),
     "etc/ssh/sshd_config.d/lab.conf": ("sshd.conf", False),
     "etc/ssh/ssh_config.d/lab.conf": ("ssh_config", False),

@@ -21,6 +21,8 @@ COMMON_PACKAGES = (
     "iputils-ping",
     "kmod",
     "linux-image-amd64",
+    "nbd-client",
+    "nbdkit",
     "openssh-server",
     "procps",
     "python3",
@@ -100,6 +102,8 @@ NEEDED = {
     "iproute2": ("ip",),
     "libc6-dev": (),
     "mmdebstrap": ("mmdebstrap",),
+    # The disk's plug-in is compiled with the native module.
+    "nbdkit-plugin-dev": (),
     "openssh-client": ("ssh", "ssh-keygen"),
     # The project's native module is compiled on the way to its wheel.
     "python3-dev": (),
@@ -109,6 +113,7 @@ NEEDED = {
     "qemu-system-x86": ("qemu-system-x86_64",),
     "qemu-utils": ("qemu-img",),
     "util-linux": ("unshare", "nsenter"),
+    "zlib1g-dev": (),
 }
 
 
