@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import diskbuffer
@@ -22,6 +23,7 @@ class DiskServer:
 
     :ivar folder: what the hotplug script calls the disk's folder
     :ivar target: the file that is served
+    :ivar state: its durable folder
     :ivar bitmap: where its bitmap is, if there is one
     """
 
@@ -33,7 +35,12 @@ class DiskServer:
         self.folder = folder / "run"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.target = folder / "disk.img"
-        self.bitmap = folder / "bitmap"
+        self.state = folder / "state"
+        self.state.mkdir(exist_ok=True)
+        self.bitmap = self.state / "bitmap"
+        (self.state / "target").write_text(f"{self.target}\n")
+        if not (self.folder / "state").is_symlink():
+            (self.folder / "state").symlink_to(self.state)
         if not self.target.exists():
             self.target.touch()
             os.truncate(self.target, size)
@@ -45,7 +52,8 @@ class DiskServer:
         :raise RuntimeError: with what it said when it ended instead
         """
         words = [f"{key}={value}" for key, value in config.items()]
-        (self.folder / "nbd").unlink(missing_ok=True)
+        for name in ("nbd", "pid"):
+            (self.folder / name).unlink(missing_ok=True)
         argv: list[str | Path] = [
             self._nbdkit,
             "--unix",
@@ -56,11 +64,17 @@ class DiskServer:
         argv += ["--threads", "8", diskbuffer.plugin(), f"target={self.target}"]
         argv += [f"dir={self.folder}", f"bitmap={self.bitmap}", *words]
         if limit:
-            argv = ["prlimit", f"--fsize={limit}", *argv]
+            # Ignored, the signal is an error of the write, as a full disk would be.
+            argv = ["env", "--ignore-signal=XFSZ", "prlimit", f"--fsize={limit}", *argv]
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.decode())
-        self._process = os.pidfd_open(int((self.folder / "pid").read_text()))
+        # The server says that it runs a moment before it has written down as which process.
+        pid = self.folder / "pid"
+        end = time.monotonic() + END_SECONDS
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+            time.sleep(0.005)
+        self._process = os.pidfd_open(int(pid.read_text()))
 
     def start(self, **config: object) -> NbdClient:
         """Serve, and connect."""
