@@ -63,9 +63,8 @@ POINTS: Final[Mapping[str, str]] = {
     "abandon-destroyed": "the stale copy is gone, its held output still there",
     "abandon-done": "held output is dropped",
     # ---- the standby ----
-    "shell-build": "before the shell is built",
-    "shell-built": "the shell is there, not yet recorded",
-    "standby-recorded": "the standby's record is on disk",
+    "standby-recorded": "the standby's record is on disk, the shell not yet built",
+    "shell-built": "the shell is there",
     "epoch-complete": "an epoch is staged and verified, not yet acknowledged",
     "ack-sent": "ACK was handed to the kernel, nothing is applied",
     "apply-batch": "before a batch of an acknowledged epoch is written into the shell",

@@ -62,6 +62,9 @@ class Keeper(Protocol):
     def link_lost(self, why: str, error: CheckpointError | None = None) -> None:
         """The standby cannot be relied on any more."""
 
+    async def confirmed(self) -> bool:
+        """Whether the standby has surely not taken over by now: it is asked."""
+
     def guest_gone(self) -> None:
         """There is no guest to protect any more."""
 
@@ -332,11 +335,24 @@ class Cycle:
 
     def _acked(self, number: int, encode_ns: int, sent: Sent) -> None:
         """The standby holds epoch ``number``: its output leaves first of all."""
-        keeper = self._keeper
         commit_ms = (time.monotonic_ns() - self._captured_ns) / 1e6
-        stages = self._stages
         self._ack_timer.clear()
         self._at_rest.set()
+        if commit_ms < self._sender.link.peer.heartbeat * 1000:
+            self._let_out(number, commit_ms, encode_ns, sent)
+        else:
+            # Until a heartbeat time after the capture the standby cannot have taken us for dead.
+            # Later it can, after it sent this ack: one of us stood still, or the network did.
+            self._keeper.spawn(self._confirm(number, commit_ms, encode_ns, sent), "confirm")
+
+    async def _confirm(self, number: int, commit_ms: float, encode_ns: int, sent: Sent) -> None:
+        if await self._keeper.confirmed():
+            self._let_out(number, commit_ms, encode_ns, sent)
+        else:
+            self._keeper.link_lost("an acknowledgement came too late to be trusted")
+
+    def _let_out(self, number: int, commit_ms: float, encode_ns: int, sent: Sent) -> None:
+        keeper, stages = self._keeper, self._stages
         # This may capture and send the next epoch already.
         keeper.do(keeper.machine.acked_epoch(number))
         statistics = keeper.statistics

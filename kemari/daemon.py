@@ -27,6 +27,7 @@ from kemari.pulses import Pulses
 from kemari.recovery import Recovery, clean
 from kemari.requests import Requests
 from kemari.standby import StandbySession
+from kemari.stragglers import Stragglers
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Daemon:
                 self.host.host_id, config.heartbeat, addresses, self._trouble_with_pulses
             )
         self.peers = Peers(self.host, self)
+        self._stragglers = Stragglers(self.host, self.peers)
         self.protections: dict[str, Protection] = {}
         self.sessions: dict[str, StandbySession] = {}
         self.recoveries: dict[str, Recovery] = {}
@@ -117,6 +119,7 @@ class Daemon:
         for record in asked:
             self.host.spawn(self._recover(record), f"{record.guest}: recovery")
         for record in self.host.ledger:
+            self._stragglers.look(record.uuid)
             if record.role is Role.OWNER and record.options.get("resume"):
                 self._protect_again(record, at_once=True)
         self.host.journal.note("", "daemon", f"kemarid {__version__} is ready")
@@ -188,6 +191,7 @@ class Daemon:
     async def _follow(self, name: str, protection: Protection) -> None:
         """After a protection ended, forget it, or see to it that it is tried again."""
         await protection.ended.wait()
+        self._stragglers.look(protection.uuid)
         if self._closing or self.protections.get(name) is not protection:
             return
         if protection.lost and protection.machine.state is PrimaryState.UNPROTECTED:
@@ -254,6 +258,7 @@ class Daemon:
         recovery = self.recoveries[record.guest]
         try:
             resolved = await recovery.resolve()
+            self._stragglers.look(resolved.uuid)
             if resolved.role is Role.OWNER:
                 if self.host.config.resume:
                     self._protect_again(resolved, at_once=True)

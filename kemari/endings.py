@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from checkpoint.driver import Source
@@ -17,6 +17,7 @@ from kemari.host import Host
 from kemari.ledger import Role
 from kemari.output import Output
 from kemari.peers import Answer, Peers
+from kemari.stragglers import owing
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +42,49 @@ async def ask_standby(
     :param heartbeat: seconds
     :param guest: UUID
     """
-    loop = asyncio.get_running_loop()
-    started = loop.time()
+    asking = Asking(heartbeat)
     while True:
-        answer = await peers.ask_to_stand_down(host_id, addresses, guest, generation, heartbeat)
-        waited = loop.time() - started
-        if answer.conclusive or waited >= patience(answer, heartbeat):
+        answer = await asking.wait(
+            peers.ask_to_stand_down(host_id, addresses, guest, generation, heartbeat)
+        )
+        if answer.conclusive or asking.waited >= patience(answer, heartbeat):
             return answer
         await asyncio.sleep(heartbeat / 4)
+
+
+class Asking:
+    """How long nobody has answered.
+
+    Time in which this process stood still does not count, nor does the round of questions in which
+    it did: their time-outs are over at once when it goes on, and the answers may lie unread.
+
+    :param heartbeat: seconds
+    """
+
+    def __init__(self, heartbeat: float) -> None:
+        self._pace = heartbeat / 4
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which an answer could have come."""
+        return self._loop.time() - self._since
+
+    async def wait(self, questions: Coroutine[Any, Any, Answer]) -> Answer:
+        """One round of questions."""
+        task = asyncio.ensure_future(questions)
+        stood_still = False
+        try:
+            while not task.done():
+                before = self._loop.time()
+                await asyncio.wait({task}, timeout=self._pace)
+                stood_still = stood_still or self._loop.time() - before > 2 * self._pace
+        finally:
+            task.cancel()
+        if stood_still:
+            self._since = self._loop.time()
+        return task.result()
 
 
 def patience(answer: Answer, heartbeat: float) -> float:
@@ -83,7 +119,13 @@ class Ending:
         :param gone: nor does it run here any more
         """
         reach("let-go")
-        await self.record(role=Role.RELEASED if gone else Role.OWNER, reason=why)
+        record = self._host.ledger.get(self._uuid)
+        promised = gone or reason in (LetGoReason.PROMISE, LetGoReason.NOTHING_SENT)
+        await self.record(
+            role=Role.RELEASED if gone else Role.OWNER,
+            reason=why,
+            options=owing(record.options, record.generation, promised) if record else {},
+        )
         reach("let-go-recorded")
         await self.attempt("unpause", source.unpause)
         await self.attempt("release output", output.release_all)

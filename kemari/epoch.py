@@ -226,9 +226,10 @@ class Primary:
         if epoch > self.sent:
             raise EpochError("ack", self.state, f"epoch {epoch}, but {self.sent} was the last sent")
         self.acked = epoch
-        if self.over:
+        if self.state not in (PrimaryState.PROTECTED, PrimaryState.HANDING_OVER):
+            # While the standby is asked it may have taken over since: its copy answers for this
+            # epoch then, and what this one has to say goes with the rest, or is dropped.
             return []
-        # Right whatever the state: that epoch can be run by the standby, so its output may be seen.
         actions: Actions = [Release(epoch)]
         self.released = epoch
         if self.stalled:

@@ -25,14 +25,15 @@ from kemari import actions as act
 from kemari.config import Address, Options
 from kemari.copying import Progress, base_copy
 from kemari.cycle import Cycle
-from kemari.endings import PATIENCE, STOP_PATIENCE, Ending, ask_standby
+from kemari.endings import STOP_PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.host import Host, first_of, in_thread
 from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Verdict, Watch
 from kemari.output import Output
-from kemari.peers import OWNING, Peers, further_addresses
+from kemari.ownership import next_generation, still_stands_by
+from kemari.peers import Peers, further_addresses
 from kemari.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -222,7 +223,9 @@ class Protection:
         self._port = address.port
         self._peers.begin_pulses(link, self._further, self._port)
         self.spawn(self._watch(link), "watch")
-        self.generation = await self._next_generation(address)
+        self.generation = await next_generation(
+            host, self._peers, address, self._standby_id, self.guest, self.uuid
+        )
         self.note(
             "start",
             f"protecting {self.guest} to {self.standby} as generation {self.generation}",
@@ -232,24 +235,6 @@ class Protection:
             source.description, self.generation, {"host": host.config.host} | asdict(self.options)
         )
         return self._sender
-
-    async def _next_generation(self, address: Address) -> int:
-        """The generation after all that either host knows; also asks who owns the guest."""
-        own = self._host.ledger.generation(self.uuid)
-        answer = await self._peers.inquire(address, self.uuid, own)
-        if answer.state == "standby":
-            # What an earlier protection by this host left there: the guest runs here.
-            heartbeat = self._host.config.heartbeat
-            await self._peers.ask_to_stand_down(
-                self._standby_id, (address,), self.uuid, answer.generation, heartbeat * PATIENCE
-            )
-            answer = await self._peers.inquire(address, self.uuid, own)
-        if answer.state in (*OWNING, "reviving"):
-            raise Refused(
-                f"{self.standby} is {answer.state} for {self.guest} in generation "
-                f"{answer.generation}; expected it to have nothing of that guest"
-            )
-        return max(own, answer.generation) + 1
 
     async def _copy(
         self,
@@ -327,6 +312,12 @@ class Protection:
         if isinstance(error, PeerRefused):
             self.do(self.machine.stood_down())  # docs/protocol.md: ERROR is such a promise
         self.do(self.machine.link_lost())
+
+    async def confirmed(self) -> bool:
+        """Whether the standby has surely not taken over by now."""
+        assert self._link is not None
+        addresses, beat = (*self.addresses, *self._further), self._link.peer.heartbeat
+        return await still_stands_by(self._peers, addresses, self.uuid, self.generation, beat)
 
     def guest_gone(self) -> None:
         """The guest has shut down or crashed."""

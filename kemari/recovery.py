@@ -15,10 +15,11 @@ from typing import Any
 from checkpoint.errors import CheckpointError
 from checkpoint.faultpoints import reach
 from kemari.config import parse_address
-from kemari.endings import PATIENCE, RESTART_PATIENCE
+from kemari.endings import RESTART_PATIENCE, Asking, patience
 from kemari.host import Host
 from kemari.ledger import Duty, LedgerError, Record, Role, duty_at_start
 from kemari.peers import Answer, Peers
+from kemari.stragglers import owing
 
 log = logging.getLogger(__name__)
 
@@ -75,25 +76,29 @@ class Recovery:
 
     async def _ask(self, here: bool) -> Answer:
         host, record = self._host, self.record
-        loop = asyncio.get_running_loop()
+        # A record of what has moved carries the generation in which the other host runs it: that
+        # one must not be asked to give it up, or two copies would live.
+        generation = record.generation - (record.role is Role.MOVED)
         heartbeat = host.config.heartbeat
-        started, said = loop.time(), False
+        asking, said = Asking(heartbeat), False
         while True:
-            answer = await self._peers.ask_to_stand_down(
-                str(record.options.get("peer_id", "")),
-                self._addresses,
-                record.uuid,
-                record.generation,
-                heartbeat,
+            answer = await asking.wait(
+                self._peers.ask_to_stand_down(
+                    str(record.options.get("peer_id", "")),
+                    self._addresses,
+                    record.uuid,
+                    generation,
+                    heartbeat,
+                )
             )
             if answer.conclusive:
                 return answer
-            waited = loop.time() - started
+            waited = asking.waited
             may_release = (
                 here
                 and record.role is Role.PRIMARY
                 and host.config.on_standby_loss == "release"
-                and waited >= (RESTART_PATIENCE if answer.alive else heartbeat * PATIENCE)
+                and waited >= patience(answer, heartbeat)
             )
             if may_release:
                 return answer
@@ -111,19 +116,13 @@ class Recovery:
         )
         reach("recover-keep")
         if here:
-            await self._let_run()
+            await let_run(self._host, self.record.guest)
         await self._reclaim(release=True)
         reach("recover-released")
         what = "runs on here UNPROTECTED" if here else "runs on neither host"
         self._note("unprotected", f"{record.guest} {what} ({why})")
-        return await self._put(Role.OWNER, record.generation, why)
-
-    async def _let_run(self) -> None:
-        """A daemon that was killed in the middle of a capture has left the guest paused."""
-        try:
-            await asyncio.to_thread(self._host.hypervisor.recover, self.record.guest)
-        except CheckpointError as error:
-            self._note("trouble", f"{self.record.guest} could not be looked at: {error}")
+        options = owing(record.options, record.generation, promised)
+        return await self._put(Role.OWNER, record.generation, why, options=options)
 
     async def _give_up(self, generation: int, here: bool) -> Record:
         record, host = self.record, self._host
@@ -149,9 +148,9 @@ class Recovery:
         for device in self.record.options.get("devices", ()):
             await reclaim(self._host, self.record.guest, str(device), release=release)
 
-    async def _put(self, role: Role, generation: int, reason: str) -> Record:
+    async def _put(self, role: Role, generation: int, reason: str, **more: Any) -> Record:
         ledger = self._host.ledger
-        changes = {"role": role, "generation": generation, "reason": reason}
+        changes = {"role": role, "generation": generation, "reason": reason, **more}
         try:
             self.resolved = await asyncio.to_thread(
                 lambda: ledger.update(self.record.uuid, **changes)
@@ -163,6 +162,14 @@ class Recovery:
 
     def _note(self, event: str, text: str, **figures: Any) -> None:
         self._host.journal.note(self.record.guest, event, text, **figures)
+
+
+async def let_run(host: Host, guest: str) -> None:
+    """A daemon that was killed in the middle of a capture has left the guest paused."""
+    try:
+        await asyncio.to_thread(host.hypervisor.recover, guest)
+    except CheckpointError as error:
+        host.journal.note(guest, "trouble", f"{guest} could not be looked at: {error}")
 
 
 async def reclaim(host: Host, guest: str, device: str, *, release: bool) -> None:
@@ -202,6 +209,8 @@ async def clean(host: Host) -> list[Record]:
             )
         elif duty in (Duty.STAND_DOWN, Duty.LOOK):
             await _stand_down(host, record)
+        elif record.role is Role.RELEASED:
+            await _remove_shell(host, record)  # the last daemon died between promise and deed
         elif duty is Duty.ASK or (duty is Duty.GIVE_UP and here):
             asked.append(record)
             keep |= set(record.options.get("devices", ()))
@@ -211,6 +220,8 @@ async def clean(host: Host) -> list[Record]:
     for device in await asyncio.to_thread(host.network.leftovers):
         if device not in keep:
             owner = owners.get(device)
+            if owner is not None and owner.role is Role.OWNER:
+                await let_run(host, owner.guest)  # the last daemon died while it let go
             gone = owner is not None and owner.role is Role.MOVED
             await reclaim(host, owner.guest if owner else "", device, release=not gone)
     return asked
@@ -219,12 +230,8 @@ async def clean(host: Host) -> list[Record]:
 async def _stand_down(host: Host, record: Record) -> None:
     """The epochs held here died with the last daemon: remove what is left of the shell."""
     reach("recover-stand-down")
-    try:
-        found = await asyncio.to_thread(host.hypervisor.destroy_shell, record.guest)
-    except CheckpointError as error:
-        host.journal.note(
-            record.guest, "trouble", f"a shell of {record.guest} is still there: {error}"
-        )
+    found = await _remove_shell(host, record)
+    if found is None:
         return
     reach("recover-stood-down")
     await _put(host, record, role=Role.RELEASED, reason="kemarid was restarted")
@@ -234,6 +241,17 @@ async def _stand_down(host: Host, record: Record) -> None:
         f"kemarid was restarted: no longer stands by for {record.guest}"
         + ("; its shell was removed" if found else ""),
     )
+
+
+async def _remove_shell(host: Host, record: Record) -> bool | None:
+    """Whether there was one; None if it is still there."""
+    try:
+        return await asyncio.to_thread(host.hypervisor.destroy_shell, record.guest)
+    except CheckpointError as error:
+        host.journal.note(
+            record.guest, "trouble", f"a shell of {record.guest} is still there: {error}"
+        )
+        return None
 
 
 async def _put(host: Host, record: Record, **changes: Any) -> None:

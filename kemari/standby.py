@@ -212,14 +212,14 @@ class StandbySession:
             )
         if await asyncio.to_thread(host.hypervisor.destroy_shell, description.name):
             self.note("cleaned", f"removed an old shell of {self.guest}")
-        reach("shell-build")
-        self._shell = await asyncio.to_thread(host.hypervisor.create_shell, description)
-        reach("shell-built")
         try:
+            # Before the shell, which a restarted daemon would not know of otherwise.
             await asyncio.to_thread(host.ledger.put, self._record(generation))
         except KemariError as error:
             raise CheckpointError(str(error)) from error
         reach("standby-recorded")
+        self._shell = await asyncio.to_thread(host.hypervisor.create_shell, description)
+        reach("shell-built")
         self.why = "first copy under way"
         self.note(
             "standby", f"standing by for {self.guest} of {self.primary}, generation {generation}"

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a primary asks its standby about who owns a guest, before and while it is protected."""
+
+from __future__ import annotations
+
+import time
+
+from kemari.config import Address
+from kemari.endings import PATIENCE
+from kemari.errors import PeerError, Refused
+from kemari.host import Host
+from kemari.peers import OWNING, Peers
+
+
+async def next_generation(
+    host: Host, peers: Peers, address: Address, host_id: str, name: str, guest: str
+) -> int:
+    """The generation after all that either host knows of.
+
+    :param host_id: of the standby, ``address`` is one of its
+    :param name: of the guest; ``guest`` is its UUID
+    :raise Refused: the standby runs the guest, or will not give it up
+    :raise PeerError: the standby does not answer
+    """
+    own = host.ledger.generation(guest)
+    answer = await peers.inquire(address, guest, own)
+    if answer.state == "standby":
+        # What an earlier protection by this host left there: the guest runs here.
+        await peers.ask_to_stand_down(
+            host_id, (address,), guest, answer.generation, host.config.heartbeat * PATIENCE
+        )
+        answer = await peers.inquire(address, guest, own)
+    if answer.state in (*OWNING, "reviving"):
+        raise Refused(
+            f"the standby is {answer.state} for {name} in generation {answer.generation}; "
+            "expected it to have nothing of that guest"
+        )
+    return max(own, answer.generation) + 1
+
+
+async def still_stands_by(
+    peers: Peers, addresses: tuple[Address, ...], guest: str, generation: int, heartbeat: float
+) -> bool:
+    """Whether the standby has surely not taken over by now: it is asked, over any path.
+
+    :param heartbeat: seconds of silence after which it would; an answer that old says nothing
+    """
+    for address in addresses:
+        asked = time.monotonic()
+        try:
+            owner = await peers.inquire(address, guest, generation)
+        except PeerError:
+            continue
+        fresh = time.monotonic() - asked < heartbeat
+        return fresh and (owner.state, owner.generation) == ("standby", generation)
+    return False

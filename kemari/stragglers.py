@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standbys that owe a promise: the guest went on without their having stood down.
+
+By its policy, or by an administrator's force, a primary lets output go although its standby gave
+no answer.  If that standby was not dead but stood still, it wakes with a copy that grows old, and
+would run it when this host dies: what the guest has said since would be forgotten.  So it is asked
+on, for as long as it takes.  What is owed is in the ledger, :data:`OWED` in the record's options.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any, Final
+
+from kemari.config import parse_address
+from kemari.errors import KemariError
+from kemari.host import Host
+from kemari.ledger import Record, Role
+from kemari.peers import Peers
+
+#: The generation that the standby has not promised to leave alone.
+OWED: Final = "unpromised"
+#: Seconds between two questions.
+PACE: Final = 5.0
+
+
+def owing(options: dict[str, Any], generation: int, promised: bool) -> dict[str, Any]:
+    """The options of a record after output was let go, with or without the standby's promise."""
+    rest = {key: value for key, value in options.items() if key != OWED}
+    return rest if promised else rest | {OWED: generation}
+
+
+class Stragglers:
+    """Asks all of them, each in a task of its own."""
+
+    def __init__(self, host: Host, peers: Peers) -> None:
+        self._host = host
+        self._peers = peers
+        self._asking: set[str] = set()
+
+    def look(self, uuid: str) -> None:
+        """Begin to ask about a guest if its record says that a promise is owed."""
+        record = self._owed(uuid)
+        if record is not None and uuid not in self._asking:
+            self._asking.add(uuid)
+            self._host.spawn(self._ask(uuid), f"{record.guest}: straggler")
+
+    def _owed(self, uuid: str) -> Record | None:
+        record = self._host.ledger.get(uuid)
+        owed = record is not None and record.role is Role.OWNER and OWED in record.options
+        return record if owed else None
+
+    async def _ask(self, uuid: str) -> None:
+        host = self._host
+        try:
+            while (record := self._owed(uuid)) is not None:
+                answer = await self._peers.ask_to_stand_down(
+                    str(record.options.get("peer_id", "")),
+                    tuple(parse_address(text) for text in record.addresses),
+                    uuid,
+                    int(record.options[OWED]),
+                    host.config.heartbeat,
+                )
+                if answer.conclusive and self._owed(uuid) == record:
+                    await self._settled(record, answer.runs_since)
+                    return
+                await asyncio.sleep(PACE)
+        finally:
+            self._asking.discard(uuid)
+
+    async def _settled(self, record: Record, runs_since: int) -> None:
+        journal, guest, peer = self._host.journal, record.guest, record.peer
+        if runs_since:
+            journal.note(
+                guest,
+                "two-owners",
+                f"{peer} runs {guest} as well, since generation {runs_since}, and both copies can "
+                "be seen: destroy one of them",
+            )
+        else:
+            journal.note(guest, "stood-down", f"{peer} has stood down for {guest} at last")
+        options = owing(record.options, 0, promised=True)
+        try:
+            await asyncio.to_thread(
+                functools.partial(self._host.ledger.update, record.uuid, options=options)
+            )
+        except KemariError as error:
+            journal.note(guest, "trouble", f"{guest}: {error}; {peer} will be asked again")
