@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep: every fault at every point of every scenario, one at a time, simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from checkpoint.errors import ReviveError
+from tests.prove.simulation import Stuck
+from tests.prove.world import GUEST, HEARTBEAT, Answer, Fault, Machine, Violation, World
+
+# ---- Scenarios: what the administrator, the client and fate do --------------------------------
+
+
+def _ask(world: World, machine: Machine, operation: str, limit: float = 60.0) -> Answer:
+    answer = machine.ask(operation, domain=GUEST)
+    world.run(lambda: answer.done or not machine.alive, limit)
+    return answer
+
+
+def talk_and_stop(world: World) -> None:
+    """A guest is protected, talks, and is protected no more."""
+    world.protect()
+    world.answers(5)
+    world.wait(0.5)
+    world.answers(2)
+    _ask(world, world.a, "stop")
+    world.answers(2)
+
+
+def planned(world: World) -> None:
+    """A guest is moved, and moved back."""
+    world.protect()
+    world.answers(3)
+    _ask(world, world.a, "failover")
+    world.answers(3)
+    world.protect("b")
+    world.answers(3)
+    _ask(world, world.b, "failover")
+    world.answers(3)
+
+
+def power_cut(world: World) -> None:
+    """The primary loses power; the survivor is protected to it when it is back."""
+    world.protect()
+    world.answers(3)
+    world.a.power_cut(back_after=2.0)
+    world.answers(3)
+    world.wait(2.5)
+    world.protect("b")
+    world.answers(3)
+
+
+def primary_killed(world: World) -> None:
+    """The primary's daemon dies and is started again."""
+    world.protect()
+    world.answers(3)
+    world.a.kill()
+    world.wait(1.0)
+    world.answers(3, 90)
+
+
+def standby_killed(world: World) -> None:
+    """The standby's daemon dies and is started again."""
+    world.protect()
+    world.answers(3)
+    world.b.kill()
+    world.answers(3, 90)
+
+
+def link_unplugged(world: World) -> None:
+    """The replication link is silent; the hosts see each other on another path."""
+    world.protect()
+    world.answers(3)
+    world.say_alive(world.a)
+    world.network.unplugged.add("link")
+    world.wait(4 * HEARTBEAT)
+    world.answers(3, 90)
+    world.network.unplugged.discard("link")
+    world.wait(8.0)
+    world.answers(3, 90)
+
+
+def cut_off(world: World) -> None:
+    """Nothing passes between the hosts, both live; then everything does again."""
+    world.protect()
+    world.answers(3)
+    world.network.unplugged.update(("link", "lan"))
+    world.wait(6 * HEARTBEAT)
+    world.network.unplugged.clear()
+    world.wait(2.0)
+    world.answers(3, 90)
+
+
+def left_buffer(world: World) -> None:
+    """The primary's daemon dies while it is cut off, and finds that the guest has moved."""
+    world.protect()
+    world.answers(3)
+    world.a.supervised = False
+    world.network.unplugged.update(("link", "lan"))
+    world.a.kill()
+    world.wait(4 * HEARTBEAT)
+    world.network.unplugged.clear()
+    world.a.supervised = True
+    world.a.start()
+    world.wait(1.0)
+    world.answers(3, 90)
+
+
+def declined(world: World) -> None:
+    """A guest is to be moved, but cannot be run on the other host."""
+    world.protect()
+    world.answers(3)
+
+    def refuse(point: str) -> None:
+        if point == "revive":
+            raise ReviveError("there is no memory for it")
+
+    world.b.hypervisor.reached = refuse
+    _ask(world, world.a, "failover")
+    world.b.hypervisor.reached = lambda point: None
+    world.answers(3)
+
+
+def refused(world: World) -> None:
+    """The standby has no room at first; then it has."""
+    world.b.hypervisor.memory_pages = 1
+    world.protect()
+    world.answers(2)
+    world.b.hypervisor.memory_pages = 1 << 20
+    world.protect()
+    world.answers(3)
+
+
+SCENARIOS: Final[dict[str, Callable[[World], None]]] = {
+    each.__name__: each
+    for each in (
+        talk_and_stop,
+        planned,
+        power_cut,
+        primary_killed,
+        standby_killed,
+        link_unplugged,
+        cut_off,
+        left_buffer,
+        declined,
+        refused,
+    )
+}
+
+# ---- Faults -----------------------------------------------------------------------------------
+
+
+def _other(machine: Machine) -> Machine:
+    world = machine.world
+    return world.b if machine is world.a else world.a
+
+
+def _stall(machine: Machine, beats: float) -> None:
+    if machine.process is not None:
+        machine.world.log(f"{machine.name}: stands still for {beats} heartbeat times")
+        machine.world.simulation.stall(machine.process, beats * HEARTBEAT)
+
+
+def _reset(machine: Machine) -> None:
+    if machine.process is not None:
+        machine.world.log(f"{machine.name}: its connections are torn off")
+        machine.world.network.reset(machine.process)
+
+
+def _unplug(machine: Machine, *wires: str) -> None:
+    network = machine.world.network
+    machine.world.log(f"unplugged: {', '.join(wires)}")
+    network.unplugged.update(wires)
+    machine.world.simulation.later(4 * HEARTBEAT, network.unplugged.difference_update, wires)
+
+
+#: Name -> what happens; given the machine whose daemon has reached the point.
+ACTIONS: Final[dict[str, Callable[[Machine], None]]] = {
+    "kill": Machine.kill,
+    "power": Machine.power_cut,
+    "stall-short": lambda machine: _stall(machine, 0.8),
+    "stall": lambda machine: _stall(machine, 2.5),
+    "stall-long": lambda machine: _stall(machine, 12.0),
+    "cut": _reset,
+    "unplug": lambda machine: _unplug(machine, "link"),
+    "partition": lambda machine: _unplug(machine, "link", "lan"),
+    "peer-kill": lambda machine: _other(machine).kill(),
+    "peer-power": lambda machine: _other(machine).power_cut(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run: what happens, and what goes wrong where."""
+
+    scenario: str
+    point: str
+    nth: int
+    action: str
+    policy: str = "hold"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.scenario}/{self.point}:{self.action}:{self.nth}/{self.policy}/seed {self.seed}"
+        )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one run.
+
+    :ivar fired: the fault happened
+    :ivar violation: what must not have happened; "" if nothing
+    """
+
+    fired: bool = False
+    violation: str = ""
+    reached: dict[str, int] = field(default_factory=dict)
+
+
+def run(case: Case) -> Outcome:
+    """Run one case."""
+    outcome = Outcome()
+    with World(case.seed, policy=case.policy) as world:
+        world.faults.append(Fault(case.point, case.nth, ACTIONS[case.action]))
+        try:
+            SCENARIOS[case.scenario](world)
+            world.settle()
+        except (AssertionError, Stuck, Violation) as error:
+            outcome.violation = str(error) or repr(error)
+        outcome.fired = bool(world.fired)
+        outcome.reached = dict(world.reached)
+    return outcome
+
+
+def baseline(scenario: str, policy: str = "hold", seed: int = 0) -> Outcome:
+    """Run a scenario in which nothing more goes wrong."""
+    outcome = Outcome()
+    with World(seed, policy=policy) as world:
+        try:
+            SCENARIOS[scenario](world)
+            world.settle()
+        except (AssertionError, Stuck, Violation) as error:
+            outcome.violation = str(error) or repr(error)
+        outcome.reached = dict(world.reached)
+    return outcome
+
+
+def cases(
+    *, brief: bool = False, policies: tuple[str, ...] = ("hold", "release")
+) -> Iterator[Case]:
+    """All runs of the sweep.
+
+    :param brief: each point and action once, in the scenario that reaches the point first
+    """
+    done: set[str] = set()
+    for scenario in SCENARIOS:
+        counts = baseline(scenario).reached
+        for point, count in counts.items():
+            if brief and point in done:
+                continue
+            done.add(point)
+            times = {(1 + count) // 2} if brief else {1, 2, (1 + count) // 2, count - 1, count}
+            for nth in sorted(times & set(range(1, count + 1))):
+                for action in ACTIONS:
+                    for policy in policies[:1] if brief else policies:
+                        if policy == "hold" or _decidable(scenario, action):
+                            yield Case(scenario, point, nth, action, policy)
+
+
+def _decidable(scenario: str, action: str) -> bool:
+    """Whether two hosts could know of each other: docs/failure-model.md tells what is else."""
+    return scenario not in ("cut_off", "left_buffer") and action != "partition"
