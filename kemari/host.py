@@ -186,6 +186,8 @@ async def in_thread(call: Callable[..., ResultT], *arguments: Any) -> ResultT:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()  # nobody is left who would want to know
         raise
 
 
