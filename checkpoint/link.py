@@ -282,7 +282,10 @@ class Link(asyncio.BufferedProtocol):
         :raise ProtocolError: it is another one; the peer is told and the connection ended
         :raise CheckpointError: as :meth:`receive`
         """
-        frame = await self.receive()
+        return self.accept(await self.receive(), *types)
+
+    def accept(self, frame: Frame, *types: FrameType) -> tuple[Frame, Fields]:
+        """As :meth:`expect`, for a frame that was received."""
         try:
             if frame.type not in types:
                 names = " or ".join(wanted.name for wanted in types)

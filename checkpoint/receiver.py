@@ -18,7 +18,15 @@ from checkpoint.faultpoints import reach
 from checkpoint.link import Link, LinkError, PeerRefused, PeerSilent
 from checkpoint.runstate import Runstate
 from checkpoint.stages import Stages
-from checkpoint.wire import Fields, Frame, FrameType, Totals, decode_json
+from checkpoint.wire import (
+    Fields,
+    Frame,
+    FrameType,
+    Totals,
+    decode_json,
+    pack_applied,
+    parse_writes,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +95,15 @@ class Standby(Protocol):
         with its sentence; :class:`StaleGeneration` says why in a way that a program understands.
         """
 
+    async def writes(self, epoch: int, disk: int, untrusted_records: memoryview) -> None:
+        """Keep records of an epoch until it is committed; those of epoch 0 are applied at once.
+
+        May wait until there is room for them.
+
+        :raise ProtocolError: they are not what docs/disk.md says
+        :raise CheckpointError: this host's disk cannot take them
+        """
+
     def committed(self, committed: Committed) -> Awaitable[None] | None:
         """An epoch is complete and verified; called before its ACK is sent.
 
@@ -145,6 +162,7 @@ class Receiver:
         self._handlers: dict[FrameType, tuple[tuple[Runstate, ...], _Handler]] = {
             FrameType.PREPARE: ((Runstate.GREETED,), self._on_prepare),
             FrameType.PAGES: (_TAKES_PAGES, self._on_pages),
+            FrameType.WRITES: (_TAKES_PAGES, self._on_writes),
             FrameType.STATE: ((Runstate.PROTECTING, Runstate.COMMITTING), self._on_state),
             FrameType.COMMIT: ((Runstate.BASE, Runstate.COMMITTING), self._on_commit),
             FrameType.HANDOVER: ((Runstate.PROTECTING,), self._on_handover),
@@ -238,7 +256,7 @@ class Receiver:
             return False
         match frame.type:
             case FrameType.PAGES:
-                epoch = self._epoch_of_pages(frame)
+                epoch = self._epoch_of_contents(frame)
                 began = time.monotonic_ns()
                 batch = self._decoder.verify(frame.flags, frame.payload)
                 self._verify_ns += time.monotonic_ns() - began
@@ -291,16 +309,16 @@ class Receiver:
             self._begun_ns = time.monotonic_ns()
             self._verify_ns = 0
 
-    def _epoch_of_pages(self, frame: Frame) -> int:
+    def _epoch_of_contents(self, frame: Frame) -> int:
         epoch = self._epoch(frame)
         if self._state is not None:
-            raise ProtocolError(f"PAGES of epoch {epoch} came after its STATE")
+            raise ProtocolError(f"{frame.type.name} of epoch {epoch} came after its STATE")
         self._begin()
         return epoch
 
     async def _on_pages(self, frame: Frame) -> None:
         assert self.shell is not None
-        epoch = self._epoch_of_pages(frame)
+        epoch = self._epoch_of_contents(frame)
         size = len(frame.payload)
         began = time.monotonic_ns()
         batch = await self._work(size, self._decoder.verify, frame.flags, frame.payload)
@@ -317,6 +335,18 @@ class Receiver:
             raise ProtocolError(f"epoch {epoch} has more pages than the guest")
         self._staged.append(batch)
         self._staged_bytes += len(batch.body)
+
+    async def _on_writes(self, frame: Frame) -> None:
+        epoch = self._epoch_of_contents(frame)
+        disk, untrusted_records = parse_writes(frame)
+        self._totals.add(len(frame.payload), frame.crc)
+        await self._standby.writes(epoch, disk, untrusted_records)
+
+    def applied(self, epoch: int, disk: int, batches: int) -> None:
+        """Tell the primary what is on this host's disk, unless the session is over."""
+        if self.runstate in _TAKES_PAGES and not self.link.closed:
+            self.link.put(FrameType.APPLIED, pack_applied(disk, batches), epoch=epoch)
+            self.link.push()
 
     async def _on_state(self, frame: Frame) -> None:
         self._take_state(frame)

@@ -15,10 +15,14 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import reach
 from checkpoint.link import Link
 from checkpoint.runstate import Runstate, StateError
-from checkpoint.wire import Frame, FrameType, Totals
+from checkpoint.wire import Buffer, Frame, FrameType, Totals, pack_writes, parse_applied
 
 _FLUSH = 1 << 16
 """Payloads of so many bytes are sent before the next is asked for."""
+
+
+Writes = Iterable[tuple[int, Buffer]]
+"""(number of the disk, whole records) for each WRITES frame."""
 
 
 class Declined(CheckpointError):
@@ -54,9 +58,11 @@ class Sender:
     :ivar link: the connection
     :ivar runstate: where the session is
     :ivar acked: number of the last acknowledged epoch, -1 before the base copy is complete
+    :ivar on_applied: called with (disk, WRITES frames of it that are on the standby's disk)
     """
 
     def __init__(self, link: Link) -> None:
+        self.on_applied: Callable[[int, int], None] = lambda disk, batches: None
         self.link = link
         self.runstate = Runstate.GREETED
         self.acked = -1
@@ -106,7 +112,7 @@ class Sender:
         state = Runstate.PREPARING
         async with self._step("prepare", (Runstate.GREETED,), state, Runstate.BASE):
             await self.link.send(FrameType.PREPARE, request)
-            _, fields = await self.link.expect(FrameType.PREPARED)
+            _, fields = self.link.accept(await self._receive(), FrameType.PREPARED)
             return fields.mapping("detail")
 
     async def send_base(self, batches: Iterable[Coded]) -> int:
@@ -122,6 +128,14 @@ class Sender:
                 await self.link.flush()
         return self._totals.wire_bytes - before
 
+    async def send_base_writes(self, writes: Writes) -> None:
+        """Send records of the disks while the base copy goes on; paced as :meth:`send_base`."""
+        state = Runstate.BASE
+        async with self._step("send_base_writes", (state,), state, state):
+            for disk, records in writes:
+                self._put_writes(0, disk, records)
+                await self.link.flush()
+
     async def finish_base(self) -> None:
         """End the base copy; returns when the standby has all of it in the shell."""
         state = Runstate.BASE
@@ -130,7 +144,12 @@ class Sender:
             await self._await_ack(0)
 
     async def send_epoch(
-        self, epoch: int, batches: Iterable[Coded], state: Coded, captured_ns: int
+        self,
+        epoch: int,
+        batches: Iterable[Coded],
+        state: Coded,
+        captured_ns: int,
+        writes: Writes = (),
     ) -> Sent:
         """Send one epoch and wait until the standby has acknowledged it.
 
@@ -139,6 +158,7 @@ class Sender:
 
         :param epoch: one more than :attr:`acked`
         :param captured_ns: ``time.monotonic_ns()`` when the guest was paused for it
+        :param writes: records of the disks that belong to it
         """
         self._check_epoch(epoch)
         begin = time.monotonic_ns()
@@ -148,6 +168,10 @@ class Sender:
             for batch in batches:
                 self._put_pages(epoch, batch)
                 if len(batch.payload) >= _FLUSH:
+                    await self.link.flush()
+            for disk, records in writes:
+                self._put_writes(epoch, disk, records)
+                if len(records) >= _FLUSH:
                     await self.link.flush()
             self._put_state(epoch, state)
             await self._commit(epoch, max(0, time.monotonic_ns() - captured_ns))
@@ -162,6 +186,7 @@ class Sender:
         state: Coded,
         captured_ns: int,
         acked: Callable[[Sent], None],
+        writes: Writes = (),
     ) -> None:
         """As :meth:`send_epoch`, for a small epoch: waits for nothing.
 
@@ -177,6 +202,8 @@ class Sender:
         try:
             for batch in batches:
                 self._put_pages(epoch, batch)
+            for disk, records in writes:
+                self._put_writes(epoch, disk, records)
             self._put_state(epoch, state)
             self._put_commit(epoch, max(0, time.monotonic_ns() - captured_ns))
             self._awaited = _Awaited(epoch, acked, begin, time.monotonic_ns())
@@ -190,6 +217,9 @@ class Sender:
             raise
 
     def _arrived(self, frame: Frame) -> bool:
+        if frame.type is FrameType.APPLIED:
+            self.on_applied(*parse_applied(frame))
+            return True
         awaited = self._awaited
         if awaited is None:
             return False
@@ -221,13 +251,24 @@ class Sender:
         crc = self.link.put(FrameType.PAGES, batch.payload, flags=batch.flags, epoch=epoch)
         self._totals.add(len(batch.payload), crc, batch.pages)
 
+    def _put_writes(self, epoch: int, disk: int, records: Buffer) -> None:
+        payload = pack_writes(disk, records)
+        crc = self.link.put(FrameType.WRITES, payload, epoch=epoch)
+        self._totals.add(len(payload), crc)
+
     async def _commit(self, epoch: int, age_ns: int) -> None:
         self._put_commit(epoch, age_ns)
         await self.link.flush()
         reach("commit-sent")
 
     async def _await_ack(self, epoch: int) -> None:
-        self._take_ack(await self.link.receive(), epoch)
+        self._take_ack(await self._receive(), epoch)
+
+    async def _receive(self) -> Frame:
+        """The next frame but for APPLIED, which comes when it wants to."""
+        while (frame := await self.link.receive()).type is FrameType.APPLIED:
+            self.on_applied(*parse_applied(frame))
+        return frame
 
     def _take_ack(self, frame: Frame, epoch: int) -> None:
         if frame.type is not FrameType.ACK or frame.epoch != epoch:
@@ -251,7 +292,8 @@ class Sender:
         async with self._step("handover", allowed, during, Runstate.CLOSED):
             await self.link.send(FrameType.HANDOVER, {"generation": generation}, epoch=self.acked)
             reach("handover-sent")
-            frame, fields = await self.link.expect(FrameType.RUNNING, FrameType.DECLINED)
+            answer = await self._receive()
+            frame, fields = self.link.accept(answer, FrameType.RUNNING, FrameType.DECLINED)
             if frame.epoch != self.acked:
                 raise ProtocolError(f"{frame.type.name} is of epoch {frame.epoch}")
             if frame.type is FrameType.DECLINED:
@@ -271,7 +313,7 @@ class Sender:
         async with self._step("stop", allowed, Runstate.STOPPING, Runstate.CLOSED):
             await self.link.send(FrameType.STOP, {"reason": reason})
             reach("stop-sent")
-            await self.link.expect(FrameType.STOPPED)
+            self.link.accept(await self._receive(), FrameType.STOPPED)
         await self.link.close()
 
     async def close(self) -> None:

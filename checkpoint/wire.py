@@ -30,6 +30,7 @@ _CRC = struct.Struct("<I")
 
 MAX_JSON = 1 << 20
 MAX_PAGES = 8 << 20
+MAX_WRITES = 8 << 20
 MAX_STATE = 16 << 20
 MAX_INTEGER = (1 << 63) - 1
 MAX_EPOCH = (1 << 64) - 1
@@ -55,6 +56,8 @@ class FrameType(IntEnum):
     DECLINED = 24
     STOP = 25
     STOPPED = 26
+    WRITES = 27
+    APPLIED = 28
     INQUIRE = 32
     OWNER = 33
     STAND_DOWN = 34
@@ -103,6 +106,8 @@ SPECS: dict[FrameType, FrameSpec] = {
     FrameType.DECLINED: _json("S", "R", epoch=True),
     FrameType.STOP: _json("P", "R"),
     FrameType.STOPPED: _json("S", "R"),
+    FrameType.WRITES: FrameSpec("P", "R", True, 0, "writes", 40, MAX_WRITES),
+    FrameType.APPLIED: FrameSpec("S", "R", True, 0, "applied", 16, 16),
     FrameType.INQUIRE: _json("CA", "L"),
     FrameType.OWNER: _json("CA", "L"),
     FrameType.STAND_DOWN: _json("CA", "L"),
@@ -385,6 +390,44 @@ class Fields:
         return Fields(f"{self.where}.{key}", self.mapping(key))
 
 
+# ---- WRITES and APPLIED ----
+
+_WRITES_HEAD = struct.Struct("<II")
+_APPLIED = struct.Struct("<IIQ")
+
+
+def pack_writes(disk: int, records: Buffer) -> bytes:
+    """The payload of WRITES."""
+    return _WRITES_HEAD.pack(disk, 0) + records
+
+
+def parse_writes(frame: Frame) -> tuple[int, memoryview]:
+    """(number of the disk, records, still untrusted) of WRITES.
+
+    :raise ProtocolError: what is reserved is not 0
+    """
+    disk, reserved = _WRITES_HEAD.unpack_from(frame.payload)
+    if reserved:
+        raise ProtocolError("WRITES has a bit set that has no meaning")
+    return disk, frame.payload[_WRITES_HEAD.size :]
+
+
+def pack_applied(disk: int, batches: int) -> bytes:
+    """The payload of APPLIED."""
+    return _APPLIED.pack(disk, 0, batches)
+
+
+def parse_applied(frame: Frame) -> tuple[int, int]:
+    """(number of the disk, WRITES frames of it on stable storage) of APPLIED.
+
+    :raise ProtocolError: what is reserved is not 0
+    """
+    disk, reserved, batches = _APPLIED.unpack(frame.payload)
+    if reserved:
+        raise ProtocolError("APPLIED has a bit set that has no meaning")
+    return disk, batches
+
+
 # ---- COMMIT ----
 
 _TOTALS = struct.Struct("<QQIIQ")
@@ -396,7 +439,7 @@ class Totals:
     """What COMMIT says of an epoch; each end counts for itself with :meth:`add`.
 
     :ivar pages: pages in all PAGES frames
-    :ivar size: bytes of payload of all PAGES and STATE frames
+    :ivar size: bytes of payload of all PAGES, WRITES and STATE frames
     :ivar frames: number of those frames
     :ivar digest: CRC-32 over their crc32 fields
     """

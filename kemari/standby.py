@@ -17,7 +17,7 @@ from collections.abc import Awaitable
 from typing import Any, Final, Protocol
 
 from checkpoint.driver import Description, Shell
-from checkpoint.errors import CheckpointError, ReviveError
+from checkpoint.errors import CheckpointError, ProtocolError, ReviveError
 from checkpoint.faultpoints import reach
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
@@ -238,6 +238,10 @@ class StandbySession:
             options={"peer_id": self.primary_id},
             reason=f"standby of {self.primary}",
         )
+
+    async def writes(self, epoch: int, disk: int, untrusted_records: memoryview) -> None:
+        """Records of a guest's disk; such a guest is refused before."""
+        raise ProtocolError(f"records of disk {disk} came, of a guest that has none")
 
     def committed(self, committed: Committed) -> None:
         """An epoch is verified and complete; its ACK follows unless this raises."""

@@ -79,6 +79,9 @@ class RecordingStandby:
         await self._called("prepare", (description, generation, options))
         return self.shell, {"domid": 5}
 
+    async def writes(self, epoch: int, disk: int, untrusted_records: memoryview) -> None:
+        await self._called("writes", (epoch, disk, bytes(untrusted_records)))
+
     def committed(self, committed: Committed) -> Awaitable[None] | None:
         if self.waits or "committed" in self.gates:
             return self._committed(committed)
