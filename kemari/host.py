@@ -16,7 +16,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.hello import Hello
 from checkpoint.link import Link, LinkOptions, PeerClosed
 from checkpoint.network import connect
-from kemari import __version__
+from kemari import __version__, durable
 from kemari.config import Address, Config, Tls
 from kemari.errors import ConfigError, KemariError, PeerUnreachable
 from kemari.journal import Journal
@@ -134,11 +134,10 @@ def load_host_id(path: Path) -> str:
     :raise KemariError: the file cannot be read or written, or holds something else
     """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists():
             return str(uuid.UUID(path.read_text().strip()))
         host_id = str(uuid.uuid4())
-        path.write_text(host_id + "\n")
+        durable.write(path, host_id + "\n")
     except OSError as error:
         raise KemariError(f"{path} cannot be used: {error.strerror}") from error
     except ValueError as error:

@@ -6,14 +6,13 @@ host knows; a takeover takes the next one.  The record is on disk before the act
 primary's before its first checkpoint, a standby's claim before the guest runs there.  So a host
 that comes back from a power cut finds in its own ledger what it must not run without asking.
 
-Records are replaced atomically: written to a new file, fsync, rename, fsync of the folder.
+Records are replaced atomically and durably (:mod:`kemari.durable`).
 """
 
 from __future__ import annotations
 
 import enum
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.faultpoints import reach
+from kemari import durable
 from kemari.errors import KemariError
 
 #: A record is small; a bigger file is not one.
@@ -213,21 +213,5 @@ def _read(path: Path) -> Record:
 
 
 def _write(path: Path, record: Record) -> None:
-    reach("ledger-write")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(record), file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    reach("ledger-synced")
-    fresh.replace(path)
-    reach("ledger-renamed")
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    reach("ledger-written")
+    text = json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
+    durable.write(path, text, lambda step: reach(f"ledger-{step}"))

@@ -59,7 +59,7 @@ def test_a_uuid_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
         Ledger(tmp_path).put(replace(RECORD, uuid="../../etc/passwd"))
 
 
-@pytest.mark.parametrize("call", ["fsync", "write"])
+@pytest.mark.parametrize("call", ["fsync", "fdopen"])
 def test_a_write_that_fails_leaves_the_old_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_write_that_fails_leaves_the_old_record(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    target = "os.fsync" if call == "fsync" else "kemari.ledger.json.dump"
+    target = f"os.{call}"
     with monkeypatch.context() as broken:
         broken.setattr(target, full)
         with pytest.raises(LedgerError, match="No space left on device"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import socket
 import threading
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from kemari import durable
 from kemari.control import MAX_REQUEST, ControlServer, Progress, request
 from kemari.errors import DaemonUnreachable, KemariError, NoSuchProtection, Refused
+from kemari.host import load_host_id
 from kemari.journal import Journal
 from kemari.notify import notify, watchdog_interval
 from kemari.statistics import Reservoir, Statistics
@@ -223,3 +226,48 @@ def test_what_is_noted_after_a_power_cut_can_be_read(tmp_path: Path, tail: bytes
     journal.note("web", "stop", "later")
     assert [entry["text"] for entry in journal.read()] == ["before", "after", "later"]
     assert path.read_bytes().splitlines()[1] == tail
+
+
+# ---- Section: files that outlive a power cut ----
+
+
+def test_a_file_is_the_old_or_the_new_one_at_every_step(tmp_path: Path) -> None:
+    path = tmp_path / "new-folder" / "file"
+    seen: list[tuple[str, str | None]] = []
+
+    def look(step: str) -> None:
+        seen.append((step, path.read_text() if path.exists() else None))
+
+    durable.write(path, "old", look)
+    durable.write(path, "new", look)
+    assert seen == [
+        ("write", None),
+        ("synced", None),
+        ("renamed", "old"),
+        ("written", "old"),
+        ("write", "old"),
+        ("synced", "old"),
+        ("renamed", "new"),
+        ("written", "new"),
+    ]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_identity_of_a_host_is_synced_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    first = load_host_id(tmp_path / "host-id")
+    assert synced == ["host-id.new", tmp_path.name]
+    assert load_host_id(tmp_path / "host-id") == first
+    (tmp_path / "host-id").write_text("\0" * 37)
+    with pytest.raises(KemariError, match="does not hold a UUID"):
+        load_host_id(tmp_path / "host-id")
