@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+
+import pytest
 
 from vagrant.demolib.hosts import Events, Reply, domains, kemari
 from vagrant.demolib.program import Program
 from vagrant.demolib.talk import Talk
 from vagrant.lablib.guest import NAME as GUEST
+from vagrant.lablib.guest import GuestOptions
 from vagrant.lablib.lab import Lab
 from vagrant.lablib.network import HOSTS, LINKS
 
@@ -38,15 +42,24 @@ class Pair:
 class World:
     """A lab, its guest, and what the daemons tell.
 
+    :param guest: what the guest is to be like; None: as the lab was brought up for
     :ivar spoiled: what a test has left cannot be relied on
     :ivar moves: how often the guest has moved since it booted
     """
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, guest: GuestOptions | None = None) -> None:
         self.lab = lab
+        self._guest = guest
         self.spoiled = True
         self.moves = 0
         self._events: dict[str, Events] = {}
+
+    def for_test(self, request: pytest.FixtureRequest) -> Iterator[World]:
+        """This world, to be made anew for the next test if this one fails."""
+        failed = request.session.testsfailed
+        yield self
+        if request.session.testsfailed > failed:
+            self.spoiled = True
 
     def close(self) -> None:
         """Listen to the daemons no more."""
@@ -99,7 +112,7 @@ class World:
         owners = [name for name in HOSTS if GUEST in domains(self.lab, name)]
         assert len(owners) <= 1, f"the guest runs on {' and '.join(owners)}"
         if not owners:
-            self.lab.guest_start("a")
+            self.lab.guest_start("a", self._guest)
             self.moves = 0
         owner = owners[0] if owners else "a"
         return Pair(owner, other(owner))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest with a disk and a database on real Xen: what was acknowledged is there ever after.
+
+``KEMARI_LAB_CUTS`` is the number of power cuts in a row under writing clients (3, at least 2: the
+second is of a primary that was a standby, whose disk the first had to bring up to date).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.protection_world import World
+from vagrant.demolib.hosts import domains
+from vagrant.demolib.ledger import Writers
+from vagrant.lablib.guest import DATA, GuestOptions
+from vagrant.lablib.lab import Lab
+
+CUTS = max(2, int(os.environ.get("KEMARI_LAB_CUTS", "3")))
+#: Acknowledged appends on each connection that show that it works.
+SOME = 25
+DISK_MIB = 32
+
+
+@pytest.fixture(scope="module")
+def shared_world(lab: Lab) -> Iterator[World]:
+    world = World(lab, GuestOptions(disk_mib=DISK_MIB))
+    yield world
+    # The next module's guest has no disk.
+    world.close()
+    lab.reset()
+
+
+@pytest.fixture
+def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
+    """The world as the last test has left it; new after one that failed."""
+    yield from shared_world.for_test(request)
+
+
+def writers(world: World, name: str) -> Writers:
+    """Clients of the guest's database."""
+    return Writers(world.lab, world.lab.state / "out" / f"{name}.err")
+
+
+@pytest.mark.short
+def test_power_cuts_under_a_database(world: World) -> None:
+    with writers(world, "database") as clients:
+        for _ in range(CUTS):
+            pair = world.protected()
+            clients.wait_done(SOME)
+            there = world.events(pair.standby)
+            mark = there.seen
+            world.cut(pair.primary)
+            there.wait("takeover", since=mark)
+            clients.wait_done(SOME)
+            world.moves += 1
+            world.only_on(pair.standby)
+        assert clients.stop() == []
+
+    # The file system was left in good order on the one host, and as a power cut leaves it on the
+    # other, which has nothing of the shutdown's last moments.
+    pair = world.protected()
+    here, there = world.events(pair.primary), world.events(pair.standby)
+    mark, mark_there = here.seen, there.seen
+    world.lab.guest_stop(pair.primary)
+    here.wait("ended", since=mark)
+    there.wait("stood-down", since=mark_there)
+    assert domains(world.lab, pair.primary) == {}
+    world.lab.ssh(pair.primary, f"e2fsck -fn {DATA}")
+    replay = (
+        f"cp {DATA} /tmp/replica && e2fsck -E journal_only /tmp/replica; e2fsck -fn /tmp/replica"
+    )
+    world.lab.ssh(pair.standby, replay)
