@@ -4,6 +4,7 @@
 # make lint     lint and types only
 # make bench-micro   speed of the page loops on this machine: docs/performance.md
 # make fuzz     the page loops under the sanitizers, on random and damaged batches, a few minutes
+# make prove    every fault at every point, random schedules, broken rules: docs/proof.md; LAB=0: no Xen
 # make docs     whether what the documents refer to is there
 # make lab-up   the lab alone, for trying things out; `vagrant/lab --help` has the rest
 # make lab-down
@@ -18,10 +19,11 @@ DEMO ?=
 CHECK ?=
 LAB ?=
 BENCH ?=
+PROVE ?=
 FUZZ_ROUNDS ?= 200000
 FUZZ_SEED ?= 1
 
-.PHONY: demo check lint docs bench-micro fuzz lab-up lab-down packages clean
+.PHONY: demo check lint prove docs bench-micro fuzz lab-up lab-down packages clean
 .DEFAULT_GOAL := check
 
 packages:
@@ -51,6 +53,9 @@ bench-micro: $(STAMP)
 fuzz: $(STAMP)
 	@PAGES_FUZZ_ROUNDS=$(FUZZ_ROUNDS) PAGES_FUZZ_SEED=$(FUZZ_SEED) \
 		$(RUN) -m pytest -q tests/property/test_native_sanitized.py
+
+prove: $(STAMP)
+	@$(RUN) -m tests.prove $(if $(filter 0,$(LAB)),,--lab) $(PROVE)
 
 docs: $(STAMP)
 	@$(RUN) .ci/check.py docs

@@ -33,9 +33,13 @@ from checkpoint.faultpoints import reach
 #: What the service keeps at the start of page 0: answers given, digest of all requests in order,
 #: requests taken from the ring.
 _HEAD = struct.Struct("<Q16sQ")
-#: The ring page: requests put in so far.  Request N is in granted page N modulo their number.
+#: The ring page: requests put in so far.  Request N is in granted page N modulo their count: N and
+#: the number that the client gave it.
 _RING = struct.Struct("<Q")
+_SLOT = struct.Struct("<QQ")
 _GRANTED = 3
+#: What a guest answers that took something else from a granted page than the ring had promised.
+GARBLED = 1 << 63
 _ANSWER = struct.Struct("<QQ16s")
 #: Requests of this many bytes: their number.
 _REQUEST = struct.Struct("<Q")
@@ -101,7 +105,7 @@ class MemoryGuest:
         taken: int = _HEAD.unpack_from(self.memory)[2]
         while self._inbox and produced - taken < _GRANTED:
             place = self._granted[produced % _GRANTED] * PAGE_SIZE
-            _REQUEST.pack_into(self.memory, place, self._inbox.popleft())
+            _SLOT.pack_into(self.memory, place, produced, self._inbox.popleft())
             produced += 1
             _RING.pack_into(self.memory, self._ring * PAGE_SIZE, produced)
 
@@ -109,15 +113,24 @@ class MemoryGuest:
         """The guest's part: answer one request from the ring; whether there was one."""
         answers, digest, taken = _HEAD.unpack_from(self.memory)
         (produced,) = _RING.unpack_from(self.memory, self._ring * PAGE_SIZE)
-        if taken >= produced:
+        if taken == produced:
+            return False
+        if taken > produced:
+            # The ring is older than the rest of the guest: it has crashed.
+            self.alive = False
+            self._transmit(self.nics[0].vif, _ANSWER.pack(GARBLED, answers, digest))
             return False
         place = self._granted[taken % _GRANTED] * PAGE_SIZE
-        number: int = _REQUEST.unpack_from(self.memory, place)[0]
+        index, number = _SLOT.unpack_from(self.memory, place)
+        if index != taken:
+            number = GARBLED
         self.dirty.add(0)
-        if number == answers - 1:
-            # Asked again: its answer was lost with another host.  TCP would send it again.
+        if number < answers:
+            # Asked again: its answer was lost with another host.  TCP would send it again, if it
+            # was not acknowledged since.
             _HEAD.pack_into(self.memory, 0, answers, digest, taken + 1)
-            self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers, digest))
+            if number == answers - 1:
+                self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers, digest))
             return True
         digest = blake2b(digest + _REQUEST.pack(number), digest_size=16).digest()
         _HEAD.pack_into(self.memory, 0, answers + 1, digest, taken + 1)
@@ -225,12 +238,13 @@ class MemorySource:
                     raise NotQuiescent("the guest is busy after all; expected a pause point")
                 staging.clear()
                 # Rings before data, as on Xen: the backend goes on while the guest stands still.
-                self._gather(reversed(shared), staging)
+                *granted, ring = shared
+                self._gather([ring], staging)
                 reach("rings-copied")
                 written = sorted(guest.dirty.difference(shared))
                 guest.dirty.clear()
                 reach("log-read")
-                self._gather(written, staging)
+                self._gather([*granted, *written], staging)
                 reach("pages-copied")
                 staging.state = guest.state()
             except BaseException:

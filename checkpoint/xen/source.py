@@ -303,15 +303,15 @@ class XenSource:
     def _copy_shared(
         self, staging: Staging, context: bytes, special: dict[int, bytes]
     ) -> MachineState:
-        """Copy, before the dirty log is read, every page that somebody else may write."""
+        """Copy, before the dirty log is read, rings and what Xen itself writes."""
         events, frames = self._tables.read()
         self._map_grants(frames)
         grants = bytes(self._grants.view)
         written = {gfn for gfn in native.active_writable(grants) if gfn < self._pages}
         written.difference_update(self._holes)
         shared = self._shared
-        if not written.issubset(shared):
-            shared = sorted(written.union(shared))
+        # Data, as opposed to rings: copied after the log is read, since a backend may be at it now.
+        self._granted = array("Q", sorted(written.difference(shared)))
         self._copied_first = array("Q", shared)
         self._need(staging, len(shared))
         staging.gfns[: len(shared)] = self._copied_first
@@ -350,6 +350,10 @@ class XenSource:
         if self._carried is not None:
             self._merge_carried()
         count = native.subtract(self._found, self._scan(), self._copied_first)
+        if self._granted:
+            count = native.subtract(self._found, count, self._granted)
+            self._found[count : count + len(self._granted)] = self._granted
+            count += len(self._granted)
         first = staging.count
         self._need(staging, first + count)
         staging.gfns[first : first + count] = self._found[:count]

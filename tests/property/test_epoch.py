@@ -173,6 +173,19 @@ def test_a_full_buffer_stalls_the_guest_until_the_ack() -> None:
     assert names == ["Release", "Unpause", "ArmInterval", "Capture"]
 
 
+def test_an_ack_that_comes_while_the_standby_is_asked_lets_nothing_go() -> None:
+    """It may be old: since then the standby may have taken over, and its copy be seen."""
+    primary = Primary()
+    primary.begin()
+    primary.captured_epoch(1)
+    primary.sent_epoch(1)
+    primary.link_lost()
+    assert primary.acked_epoch(1) == []
+    assert (primary.acked, primary.released) == (1, 0)
+    names = [type(action).__name__ for action in primary.standby_runs(2)]
+    assert names == ["Abandon"]
+
+
 def test_an_ack_for_what_was_not_sent_is_refused() -> None:
     primary = Primary()
     primary.begin()

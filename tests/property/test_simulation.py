@@ -10,9 +10,10 @@ import pytest
 
 from checkpoint.faultpoints import POINTS
 from tests.prove import schedules, sweep
+from tests.prove.machine import Machine
 from tests.prove.simulation import Process, Simulation
-from tests.prove.sweep import ACTIONS, SCENARIOS, Case, baseline, cases
-from tests.prove.world import Fault, Machine, Violation, World
+from tests.prove.sweep import ACTIONS, SCENARIOS, UNSWEPT, Case, baseline, cases
+from tests.prove.world import Fault, Violation, World
 
 # ---- The product ----
 
@@ -51,7 +52,7 @@ def test_scenarios_end_well(scenario: str) -> None:
 
 def test_every_fault_point_is_reached() -> None:
     reached = {point for scenario in SCENARIOS for point in baseline(scenario).reached}
-    assert reached == set(POINTS)
+    assert reached == set(POINTS) - UNSWEPT
 
 
 @pytest.mark.parametrize("action", ACTIONS)

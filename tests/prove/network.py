@@ -14,6 +14,8 @@ from tests.prove.simulation import Process, Simulation
 
 #: Virtual seconds from one host to the other, at least and at most.
 LATENCY: Final = (0.00005, 0.002)
+#: Share of writes that go in two pieces.
+SPLIT: Final = 0.5
 #: Virtual seconds after which a kernel repeats what was not acknowledged.
 REPEAT: Final = 0.2
 #: Virtual seconds after which it gives up: ``user_timeout`` of ``LinkOptions``.
@@ -79,8 +81,16 @@ class End(asyncio.Transport):
         return not self.open
 
     def write(self, data: Any) -> None:
-        if self.open and data:
-            self.send(bytes(data))
+        if not self.open or not data:
+            return
+        data = bytes(data)
+        chance = self._network.simulation.random
+        if len(data) > 1 and chance.random() < SPLIT:
+            # Two segments of their own: the second may come later, or never.
+            place = chance.randrange(1, len(data))
+            self.send(data[:place])
+            data = data[place:]
+        self.send(data)
 
     def close(self) -> None:
         if self.open:

@@ -20,8 +20,9 @@ from hypothesis.stateful import (
 )
 
 from checkpoint.faultpoints import POINTS
+from tests.prove.machine import GUEST, Machine
 from tests.prove.sweep import ACTIONS
-from tests.prove.world import GUEST, HEARTBEAT, Fault, Machine, World
+from tests.prove.world import HEARTBEAT, Fault, World
 
 _SIDES = st.sampled_from(("a", "b"))
 _WIRES = st.sampled_from((("link",), ("lan",), ("link", "lan")))

@@ -12,9 +12,8 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,22 +22,16 @@ import checkpoint.memory
 import kemari.daemon
 import kemari.memory
 from checkpoint import faultpoints
-from checkpoint.driver import Nic
-from checkpoint.errors import CheckpointError
-from checkpoint.memory import MemoryGuest, MemoryHypervisor, digest_of, parse_answer
+from checkpoint.memory import MemoryGuest, digest_of, parse_answer
 from kemari.config import Address, Config, Paths
-from kemari.daemon import Daemon
-from kemari.epoch import PrimaryState, StandbyState
-from kemari.errors import KemariError
-from kemari.memory import MemoryNetwork, MemoryOutput, Switch
+from kemari.epoch import PrimaryState
 from kemari.stragglers import OWED
+from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.network import Network
 from tests.prove.simulation import Process, Simulation
+from tests.prove.standins import Clock, Control, HostNetwork, SeenSwitch, Threading
 
-GUEST: Final = "web"
 HEARTBEAT: Final = 0.4
-#: Virtual seconds that a supervisor waits before it starts a daemon that has died.
-RESTART: Final = 0.5
 #: Virtual seconds between an answer and the client's next request, and until it repeats one.
 PACE: Final = 0.02
 REPEAT: Final = 0.3
@@ -54,217 +47,6 @@ class Violation(AssertionError):
 
 class _Seen(BaseException):
     """As above, in the middle of the code under test, which must not take it for its own error."""
-
-
-class _Clock(types.ModuleType):
-    """Stands in for the module ``time``."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        super().__init__("time")
-        self.monotonic = lambda: simulation.now
-        self.perf_counter = self.monotonic
-        self.time = lambda: simulation.now + 1.7e9
-        self.monotonic_ns = lambda: int(simulation.now * 1e9)
-        self.perf_counter_ns = self.monotonic_ns
-
-
-class _NoLock:
-    """Only one thread runs at a time, and one that stands still must not keep a lock."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _Threading(types.ModuleType):
-    """Stands in for the module ``threading`` where it is used for locks only."""
-
-    Lock = RLock = _NoLock
-    Event = threading.Event
-
-
-class _Control:
-    """Stands in for the control socket.  See :meth:`Machine.ask`."""
-
-    def __init__(self, path: Path, handler: Callable[..., Any]) -> None:
-        self.handler = handler
-
-    async def start(self) -> None:
-        """There is no socket."""
-
-    async def close(self) -> None:
-        """There is no socket."""
-
-
-class _Switch(Switch):
-    """Tells the world of each frame at once."""
-
-    def __init__(self, seen: Callable[[str, bytes], None]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def take(self, host: str, frame: bytes) -> None:
-        """A frame has left a host."""
-        self._seen(host, frame)
-
-
-class _HostNetwork(MemoryNetwork):
-    """Keeps account of buffers, so that their descriptors can be closed."""
-
-    def __init__(self, host: str, switch: _Switch) -> None:
-        super().__init__(host, switch)
-        self.outputs: list[MemoryOutput] = []
-        self._out = switch
-
-    def leave(self, frame: bytes) -> None:
-        if self.powered:
-            self._out.take(self.host, frame)
-
-    def output(self, nics: Sequence[Nic], limit: int) -> MemoryOutput:
-        made = super().output(nics, limit)
-        self.outputs.append(made)
-        return made
-
-
-@dataclass(slots=True)
-class Answer:
-    """What came of a request on a control socket."""
-
-    done: bool = False
-    result: Any = None
-    error: Exception | None = None
-
-
-class Machine:
-    """A host: its disk, its guests, its network, and its daemon while that lives."""
-
-    def __init__(self, world: World, name: str, config: Config) -> None:
-        self.world = world
-        self.name = name
-        self.config = config
-        self.powered = True
-        self.supervised = True
-        self.process: Process | None = None
-        self.daemon: Daemon | None = None
-        self.lives = 0
-        self._boot()
-
-    def _boot(self) -> None:
-        self.network = _HostNetwork(self.name, self.world.switch)
-        self.hypervisor = MemoryHypervisor(self.network.transmit)
-        self.world.networks.append(self.network)
-
-    @property
-    def guest(self) -> MemoryGuest | None:
-        """The copy of the guest that lives here."""
-        return self.hypervisor.guests.get(GUEST)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the daemon here holds a complete epoch that it would run."""
-        sessions = self.daemon.sessions.values() if self.alive and self.daemon else ()
-        return any(
-            session.machine.state in (StandbyState.READY, StandbyState.TAKING_OVER)
-            for session in sessions
-        )
-
-    @property
-    def alive(self) -> bool:
-        """Whether a daemon runs here."""
-        return self.process is not None and self.process.alive
-
-    @property
-    def held(self) -> bool:
-        """Whether the guest's output is held here."""
-        return bool(self.network.buffers)
-
-    def start(self) -> None:
-        """Start the daemon, as a supervisor does."""
-        if self.alive or not self.powered:
-            return
-        self.lives += 1
-        world = self.world
-        self.process = Process(world.simulation, self.name)
-        world.processes.append(self.process)
-        self.daemon = None
-        self.process.create_task(self._serve())
-
-    async def _serve(self) -> None:
-        try:
-            daemon = Daemon(self.config, self.hypervisor, self.network, pulses=False)
-            self.daemon = daemon
-            await daemon.start()
-        except (CheckpointError, KemariError) as error:
-            # As with Restart=always: it ends with a sentence, and is started again.
-            self.world.log(f"{self.name}: the daemon did not start: {error}")
-            self.world.simulation.later(0, self.kill)
-
-    def kill(self) -> None:
-        """SIGKILL for the daemon, which is started again."""
-        process = self.process
-        if process is None or not process.alive:
-            return
-        self.world.log(f"{self.name}: the daemon is killed")
-        self.world.simulation.later(RESTART, self._again)
-        self.world.lost_holder(self)
-        self.world.simulation.kill(process)
-
-    def _again(self) -> None:
-        if self.supervised:
-            self.start()
-
-    def power_cut(self, back_after: float | None = None) -> None:
-        """The host is gone, this instant."""
-        if not self.powered:
-            return
-        world = self.world
-        world.log(f"{self.name}: power cut")
-        world.power_fails(self)
-        self.powered = self.network.powered = False
-        world.network.power_fails(self.name)
-        self.hypervisor.power_cut()
-        if back_after is not None:
-            world.simulation.later(back_after, self.power_on)
-        process, self.daemon = self.process, None
-        if process is not None and process.alive:
-            process.dying.clear()
-            world.network._unlisten(process)
-            world.simulation.kill(process)
-
-    def power_on(self) -> None:
-        """The host comes back, without guests; its disk is as it was."""
-        if self.powered:
-            return
-        world = self.world
-        other = world.b if self is world.a else world.a
-        if other.ready and other.guest is None:
-            # Back before it was missed, without the guest: docs/failure-model.md, Times.
-            world.lost_allowed = True
-        world.log(f"{self.name}: power is back")
-        self._boot()
-        self.powered = True
-        self.start()
-
-    def ask(self, operation: str, **arguments: Any) -> Answer:
-        """As the command line does; the answer comes when it comes."""
-        answer = Answer()
-        if not self.alive or self.daemon is None:
-            answer.done, answer.error = True, KemariError("no daemon")
-            return answer
-        handler = self.daemon._control.handler  # type: ignore[attr-defined]
-
-        async def carry_out() -> None:
-            try:
-                answer.result = await handler(operation, arguments, lambda progress: None)
-            except (CheckpointError, KemariError) as error:
-                answer.error = error
-            answer.done = True
-
-        assert self.process is not None
-        self.process.create_task(carry_out())
-        return answer
 
 
 @dataclass(slots=True)
@@ -300,9 +82,10 @@ class World:
     :param seed: decides latencies
     :param policy: ``on_standby_loss``
     :ivar answered: requests whose answers the client has
+    :ivar moves: how often another copy than before was seen
     :ivar reached: point -> how often it was reached
     :ivar lost_allowed: the guest may be gone: its host died without a copy elsewhere
-    :ivar forked: the policy, or an administrator's force, let output go although a standby that
+    :ivar forked: the policy "release" let output go, or may do so now, although a standby that
         could take over lived: what docs/failure-model.md says two hosts cannot decide
     """
 
@@ -310,8 +93,8 @@ class World:
         self.simulation = Simulation(seed)
         shared = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
-        self.switch = _Switch(self._leaves)
-        self.networks: list[_HostNetwork] = []
+        self.switch = SeenSwitch(self._leaves)
+        self.networks: list[HostNetwork] = []
         self.processes: list[Process] = []
         self.story: list[str] = []
         self.reached: dict[str, int] = {}
@@ -323,6 +106,7 @@ class World:
         self.forked = False
         self.talking = False
         self.violation = ""
+        self.moves = 0
         self._copies: list[_Copy] = []
         self._last = b""
         self._owner: _Copy | None = None
@@ -363,14 +147,14 @@ class World:
         self._owner = self._copies[0]
 
     def _patch(self) -> None:
-        clock = _Clock(self.simulation)
+        clock = Clock(self.simulation)
         for name, module in list(sys.modules.items()):
             ours = name.partition(".")[0] in ("checkpoint", "kemari", "netbuffer", "diskbuffer")
             if ours and isinstance(getattr(module, "time", None), types.ModuleType):
                 self._replace(module, "time", clock)
         for locked in (checkpoint.memory, kemari.memory):
-            self._replace(locked, "threading", _Threading("threading"))
-        self._replace(kemari.daemon, "ControlServer", _Control)
+            self._replace(locked, "threading", Threading("threading"))
+        self._replace(kemari.daemon, "ControlServer", Control)
         faultpoints.arm(self._reached)
         self._patches.callback(faultpoints.arm, None)
 
@@ -407,8 +191,10 @@ class World:
         process = self.simulation.current
         if process is None or self.simulation._over:
             return
+        if point not in faultpoints.POINTS:
+            self.simulation.faults.append(f"{point} is not a listed fault point")
         self.reached[point] = self.reached.get(point, 0) + 1
-        for fault in self.faults:
+        for fault in list(self.faults):
             if fault.point == point and fault.left > 0:
                 fault.left -= 1
                 if fault.left == 0:
@@ -459,6 +245,12 @@ class World:
             if self.machines[copy.host].guest is copy.guest and self.machines[copy.host].powered
         ]
 
+    def knock(self) -> None:
+        """The client's next request comes before its time, whatever the guest is doing."""
+        copies = self._living()
+        if copies:
+            copies[-1].guest.request(copies[-1].guest.answered)
+
     # ---- Section: what is seen from outside ----
 
     def _leaves(self, host: str, frame: bytes) -> None:
@@ -497,6 +289,7 @@ class World:
             self.fail(f"a frame came from the copy on {host} after another copy had been seen")
         copy.seen = True
         self._owner = copy
+        self.moves += 1
 
     def _of(self, host: str) -> _Copy | None:
         """The last copy of a host: what it sent may be seen after its end."""
@@ -550,12 +343,10 @@ class World:
             for protection in machine.daemon.protections.values():
                 protection.machine.check_invariants()
             # The policy went by silence: docs/failure-model.md, What two hosts cannot decide.
+            may_fork = machine.config.on_standby_loss == "release"
             owed = any(OWED in record.options for record in machine.daemon.host.ledger)
-            owed = owed or (
-                machine.config.on_standby_loss == "release" and self._recovering(machine)
-            )
-            if owed and other.powered and (other.ready or other.guest):
-                self.forked = True
+            if may_fork and (owed or self._recovering(machine)) and other.powered:
+                self.forked = self.forked or other.ready or other.guest is not None
             if self.forked and machine.guest is not None and other.alive:
                 self.forked = bool(other.guest or other.ready)
             for session in machine.daemon.sessions.values():

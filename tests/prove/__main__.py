@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make prove``: the sweep, the schedules and the mutants, and what came of them.
+
+Prints tables, and one closing line of JSON.  The exit status is 0 when nothing was violated and
+every mutant was caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+from checkpoint.faultpoints import POINTS
+from tests.prove import mutation, schedules, sweep
+from tests.prove.mutants import MUTANTS
+
+#: Cases of the sweep that a worker process takes at a time.
+_BATCH = 50
+
+
+def _quiet() -> None:
+    """Say nothing of what the daemons under test log, and leave when they are cleared away."""
+    logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+
+
+def _run_cases(cases: Sequence[sweep.Case]) -> list[tuple[sweep.Case, sweep.Outcome]]:
+    _quiet()
+    return [(case, sweep.run(case)) for case in cases]
+
+
+def _run_schedules(examples: int, derandomize: bool) -> tuple[int, str]:
+    _quiet()
+    before = schedules.Hosts.schedules
+    try:
+        return schedules.run(examples, derandomize=derandomize), ""
+    except AssertionError as error:
+        return schedules.Hosts.schedules - before, str(error)
+
+
+class Proof:
+    """What came of everything.
+
+    :ivar points: fault points at which something was made to happen
+    :ivar schedules: runs of the sweep and of Hypothesis together
+    :ivar violations: one sentence each
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.points: set[str] = set()
+        self.schedules = 0
+        self.lab_runs = 0
+        self.violations: list[str] = []
+        self._pool = ProcessPoolExecutor(jobs)
+
+    def sweep(self, cases: Iterable[sweep.Case]) -> None:
+        """Run cases of the sweep, and print what each action did."""
+        every = list(cases)
+        batches = [every[at : at + _BATCH] for at in range(0, len(every), _BATCH)]
+        ran: Counter[str] = Counter()
+        failed: Counter[str] = Counter()
+        for results in self._pool.map(_run_cases, batches):
+            for case, outcome in results:
+                ran[case.action] += 1
+                self.schedules += 1
+                if outcome.fired:
+                    self.points.add(case.point)
+                if outcome.violation:
+                    failed[case.action] += 1
+                    self._violated(f"sweep, {case}", outcome.violation)
+        print(f"{'fault':<14}{'runs':>8}{'violations':>12}")
+        for action in sweep.ACTIONS:
+            print(f"{action:<14}{ran[action]:>8}{failed[action]:>12}")
+
+    def random_schedules(self, examples: int, *, derandomize: bool) -> None:
+        """Run schedules of Hypothesis."""
+        count, violation = self._pool.submit(_run_schedules, examples, derandomize).result()
+        self.schedules += count
+        if violation:
+            self._violated("schedules", violation)
+        print(f"{count} schedules of any events, {int(bool(violation))} violations")
+
+    def lab(self, root: Path) -> None:
+        """Run the fault points on real Xen."""
+        report = root / "out" / "prove-lab.xml"
+        report.parent.mkdir(exist_ok=True)
+        report.unlink(missing_ok=True)
+        state = root / "out" / "lab-prove"
+        words = [f"--junitxml={report}", f"--lab-state={state}", "tests/lab/test_faults.py"]
+        try:
+            subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=root, check=False)
+        finally:
+            down = [sys.executable, "vagrant/lab", "--state", str(state), "down"]
+            subprocess.run(down, cwd=root, check=False)
+        for case in ElementTree.parse(report).iter("testcase"):
+            if case.find("skipped") is not None:
+                continue
+            self.lab_runs += 1
+            if case.find("failure") is not None or case.find("error") is not None:
+                self._violated("lab", f"{case.get('name')} failed")
+
+    def _violated(self, where: str, violation: str) -> None:
+        sentence = f"{where}: {violation.split(chr(10))[0]}"
+        self.violations.append(sentence)
+        if len(self.violations) <= 5:
+            print(f"VIOLATION {where}: {violation}", flush=True)
+        else:
+            print(f"VIOLATION {sentence}", flush=True)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _tell(result: mutation.Result) -> None:
+    caught = result.by or "SURVIVED"
+    print(f"{result.mutant.name:<44}{result.seconds:6.1f} s  {caught}", flush=True)
+
+
+def _mutants(jobs: int, seconds: float) -> int:
+    """Judge the mutants; how many were caught."""
+    print(f"{'rule that is broken':<44}{'time':>8}  caught by")
+    results = mutation.run(MUTANTS, seconds=seconds, jobs=jobs, tell=_tell)
+    for result in results:
+        if not result.by:
+            print(f"SURVIVED {result.mutant.name}: {result.mutant.rule}")
+    return sum(bool(result.by) for result in results)
+
+
+def _some(cases: list[sweep.Case], count: int, seed: int) -> list[sweep.Case]:
+    """So many of the cases, all if there are fewer, each with a seed of its own."""
+    chance = random.Random(seed)
+    chosen = chance.sample(cases, min(count, len(cases)))
+    return [replace(case, seed=chance.randrange(1 << 30)) for case in chosen]
+
+
+def main() -> int:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(prog="prove", description=__doc__)
+    parser.add_argument("--brief", action="store_true", help="what fits into a check: minutes")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), metavar="N")
+    parser.add_argument("--seed", type=int, default=1, help="of the sweep (%(default)s)")
+    parser.add_argument("--runs", type=int, default=12_000, metavar="N", help="of the sweep")
+    parser.add_argument("--schedules", type=int, default=3000, metavar="N")
+    parser.add_argument("--no-mutants", action="store_true")
+    parser.add_argument("--lab", action="store_true", help="on real Xen as well")
+    options = parser.parse_args()
+    began = time.monotonic()
+    root = Path(__file__).resolve().parents[2]
+    _quiet()
+    proof = Proof(options.jobs)
+    try:
+        once = list(sweep.cases(brief=True))
+        proof.sweep(
+            once
+            if options.brief
+            else once + _some(list(sweep.cases()), max(0, options.runs - len(once)), options.seed)
+        )
+        proof.random_schedules(
+            150 if options.brief else options.schedules, derandomize=options.brief
+        )
+    finally:
+        proof.close()
+    caught = 0 if options.no_mutants else _mutants(options.jobs, 60.0)
+    if options.lab:
+        proof.lab(root)
+    missed = sorted(set(POINTS) - proof.points - sweep.UNSWEPT)
+    if missed:
+        print(f"nothing was made to happen at {', '.join(missed)}")
+    mutants = 0 if options.no_mutants else len(MUTANTS)
+    print(f"took {time.monotonic() - began:.0f} s")
+    summary = {
+        "fault_points": len(proof.points),
+        "schedules": proof.schedules,
+        "lab_runs": proof.lab_runs,
+        "violations": len(proof.violations),
+        "mutants": mutants,
+        "mutants_caught": caught,
+    }
+    print(json.dumps(summary), flush=True)
+    return 0 if not proof.violations and not missed and caught == mutants else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One simulated host, with power or without, and the daemon on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from checkpoint.errors import CheckpointError
+from checkpoint.memory import MemoryGuest, MemoryHypervisor
+from kemari.config import Config
+from kemari.daemon import Daemon
+from kemari.epoch import StandbyState
+from kemari.errors import KemariError
+from tests.prove.simulation import Process
+from tests.prove.standins import HostNetwork
+
+if TYPE_CHECKING:
+    from tests.prove.world import World
+
+GUEST: Final = "web"
+#: Virtual seconds that a supervisor waits before it starts a daemon that has died.
+RESTART: Final = 0.5
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came of a request on a control socket."""
+
+    done: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+
+class Machine:
+    """A host: its disk, its guests, its network, and its daemon while that lives."""
+
+    def __init__(self, world: World, name: str, config: Config) -> None:
+        self.world = world
+        self.name = name
+        self.config = config
+        self.powered = True
+        self.supervised = True
+        self.process: Process | None = None
+        self.daemon: Daemon | None = None
+        self.lives = 0
+        self._boot()
+
+    def _boot(self) -> None:
+        self.network = HostNetwork(self.name, self.world.switch)
+        self.hypervisor = MemoryHypervisor(self.network.transmit)
+        self.world.networks.append(self.network)
+
+    @property
+    def guest(self) -> MemoryGuest | None:
+        """The copy of the guest that lives here."""
+        return self.hypervisor.guests.get(GUEST)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the daemon here holds a complete epoch that it would run."""
+        sessions = self.daemon.sessions.values() if self.alive and self.daemon else ()
+        return any(
+            session.machine.state in (StandbyState.READY, StandbyState.TAKING_OVER)
+            for session in sessions
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether a daemon runs here."""
+        return self.process is not None and self.process.alive
+
+    @property
+    def held(self) -> bool:
+        """Whether the guest's output is held here."""
+        return bool(self.network.buffers)
+
+    def start(self) -> None:
+        """Start the daemon, as a supervisor does."""
+        if self.alive or not self.powered:
+            return
+        self.lives += 1
+        world = self.world
+        self.process = Process(world.simulation, self.name)
+        world.processes.append(self.process)
+        self.daemon = None
+        self.process.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        try:
+            daemon = Daemon(self.config, self.hypervisor, self.network, pulses=False)
+            self.daemon = daemon
+            await daemon.start()
+        except (CheckpointError, KemariError) as error:
+            # As with Restart=always: it ends with a sentence, and is started again.
+            self.world.log(f"{self.name}: the daemon did not start: {error}")
+            self.world.simulation.later(0, self.kill)
+
+    def kill(self) -> None:
+        """SIGKILL for the daemon, which is started again."""
+        process = self.process
+        if process is None or not process.alive:
+            return
+        self.world.log(f"{self.name}: the daemon is killed")
+        self.world.simulation.later(RESTART, self._again)
+        self.world.lost_holder(self)
+        self.world.simulation.kill(process)
+
+    def _again(self) -> None:
+        if self.supervised:
+            self.start()
+
+    def power_cut(self, back_after: float | None = None) -> None:
+        """The host is gone, this instant."""
+        if not self.powered:
+            return
+        world = self.world
+        world.log(f"{self.name}: power cut")
+        world.power_fails(self)
+        self.powered = self.network.powered = False
+        world.network.power_fails(self.name)
+        self.hypervisor.power_cut()
+        if back_after is not None:
+            world.simulation.later(back_after, self.power_on)
+        process, self.daemon = self.process, None
+        if process is not None and process.alive:
+            process.dying.clear()
+            world.network._unlisten(process)
+            world.simulation.kill(process)
+
+    def power_on(self) -> None:
+        """The host comes back, without guests; its disk is as it was."""
+        if self.powered:
+            return
+        world = self.world
+        other = world.b if self is world.a else world.a
+        if other.ready and other.guest is None:
+            # Back before it was missed, without the guest: docs/failure-model.md, Times.
+            world.lost_allowed = True
+        world.log(f"{self.name}: power is back")
+        self._boot()
+        self.powered = True
+        self.start()
+
+    def ask(self, operation: str, **arguments: Any) -> Answer:
+        """As the command line does; the answer comes when it comes."""
+        answer = Answer()
+        if not self.alive or self.daemon is None:
+            answer.done, answer.error = True, KemariError("no daemon")
+            return answer
+        handler = self.daemon._control.handler  # type: ignore[attr-defined]
+
+        async def carry_out() -> None:
+            try:
+                answer.result = await handler(operation, arguments, lambda progress: None)
+            except (CheckpointError, KemariError) as error:
+                answer.error = error
+            answer.done = True
+
+        assert self.process is not None
+        self.process.create_task(carry_out())
+        return answer

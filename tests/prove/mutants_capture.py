@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broken rules of the capture: in the simulated hypervisor, and on Xen."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.prove.mutant import Edit, Mutant
+
+_MEMORY: Final = "checkpoint/memory.py"
+_XEN: Final = "checkpoint/xen/source.py"
+_XEN_TESTS: Final = ("tests/unit/test_xen_source.py", "tests/unit/test_xen_source_life.py")
+
+CAPTURE: Final[tuple[Mutant, ...]] = (
+    # ---- The capture, in the simulated hypervisor: can the harness see such a fault at all? ----
+    Mutant(
+        "data-before-rings",
+        "rings are copied before the log is read and data is copied",
+        (
+            Edit(
+                _MEMORY,
+                '                self._gather([ring], staging)\n                reach("rings',
+                '                reach("rings',
+            ),
+            Edit(
+                _MEMORY,
+                '                reach("pages-copied")\n',
+                '                reach("pages-copied")\n'
+                "                self._gather([ring], staging)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "granted-pages-skipped",
+        "pages under an active grant are copied each time",
+        (
+            Edit(
+                _MEMORY,
+                "self._gather([*granted, *written], staging)",
+                "self._gather(written, staging)",
+            ),
+        ),
+    ),
+    Mutant(
+        "ring-skipped",
+        "a shared ring is copied each time, whatever the log says",
+        (
+            Edit(
+                _MEMORY,
+                "                self._gather([ring], staging)\n",
+                "                self._gather([ring][: ring in guest.dirty], staging)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "log-cleaned-twice",
+        "what the dirty log says is copied before it is cleaned again",
+        (
+            Edit(
+                _MEMORY,
+                "                written = sorted(guest.dirty.difference(shared))\n",
+                "                guest.dirty.intersection_update(sorted(guest.dirty)[1:])\n"
+                "                written = sorted(guest.dirty.difference(shared))\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "state-before-pause",
+        "the machine state is that of the moment of the capture",
+        (
+            Edit(
+                _MEMORY,
+                '            reach("pause")\n            guest.paused = True\n',
+                '            early = guest.state()\n            reach("pause")\n'
+                "            guest.paused = True\n",
+            ),
+            Edit(
+                _MEMORY,
+                "                staging.state = guest.state()\n",
+                "                staging.state = early\n",
+            ),
+        ),
+    ),
+    # ---- The capture on Xen ----
+    Mutant(
+        "xen-data-before-rings",
+        "on Xen, rings are copied before the log is read",
+        (
+            Edit(
+                _XEN,
+                "            state = self._copy_shared(staging, context, special)\n"
+                '            reach("rings-copied")\n'
+                "            self._copy_dirty(staging)\n",
+                '            self._copied_first = array("Q", self._shared)\n'
+                '            self._granted = array("Q")\n'
+                "            self._copy_dirty(staging)\n"
+                "            state = self._copy_shared(staging, context, special)\n"
+                '            reach("rings-copied")\n',
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-granted-pages-skipped",
+        "on Xen, pages under an active grant for writing are copied each time",
+        (
+            Edit(
+                _XEN,
+                '        self._granted = array("Q", sorted(written.difference(shared)))\n',
+                '        self._granted = array("Q")\n',
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-backends-not-awaited",
+        "on Xen, a checkpoint waits until backends have answered",
+        (Edit(_XEN, "            self._await_backends()\n", ""),),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-clock-not-looked-at",
+        "on Xen, a guest in the middle of its clock, or of xenstore, is not captured",
+        (
+            Edit(
+                _XEN,
+                "            self._check_at_rest(context, special[self._special[0]])\n",
+                "",
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-log-not-carried",
+        "on Xen, what the log said is not lost with a failed attempt",
+        (
+            Edit(
+                _XEN,
+                "                self._carried = bytes(self._log.bitmap)\n",
+                "                self._carried = None\n",
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-output-closed-after-unpause",
+        "on Xen, output is closed before the guest runs again",
+        (
+            Edit(_XEN, "            close_output()\n", ""),
+            Edit(
+                _XEN,
+                '                self.unpause()\n                reach("unpaused")\n',
+                "                self.unpause()\n                close_output()\n"
+                '                reach("unpaused")\n',
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broken rules of ownership and of what a guest is spared: invariants 4 and 5."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.prove.mutant import Edit, Mutant
+
+_CYCLE: Final = "kemari/cycle.py"
+_EPOCH: Final = "kemari/epoch.py"
+_STANDBY: Final = "kemari/standby.py"
+
+OWNER: Final[tuple[Mutant, ...]] = (
+    # ---- Invariant 4: one owner ----
+    Mutant(
+        "takeover-on-link-close",
+        "the end of a connection is no sign of death",
+        (
+            Edit(
+                _EPOCH,
+                "        return [Discard()] if self.state is StandbyState.READY else []\n",
+                "        return self._take_over() if self.state is StandbyState.READY else []\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "takeover-while-the-host-lives",
+        "a standby takes over only when every path is silent",
+        (
+            Edit(
+                _STANDBY,
+                "            elif verdict is Verdict.LINK_DEAD:\n"
+                "                await self._link_is_dead()\n",
+                "            elif verdict is Verdict.LINK_DEAD:\n"
+                '                await self.take_over("the link is silent")\n',
+            ),
+        ),
+    ),
+    Mutant(
+        "takeover-without-claim",
+        "a takeover is on disk",
+        (
+            Edit(
+                _STANDBY,
+                "        await asyncio.to_thread(update)\n\n    async def _announce",
+                "        update.args\n\n    async def _announce",
+            ),
+        ),
+    ),
+    Mutant(
+        "promise-not-kept",
+        "a standby that has stood down never takes over",
+        (
+            Edit(
+                _EPOCH,
+                "        self.state = StandbyState.STOOD_DOWN\n        self._promised = True\n"
+                "        return [DestroyShell()]\n",
+                "        return []\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "let-go-unasked",
+        "a primary asks before it lets output go",
+        (
+            Edit(
+                _EPOCH,
+                "        self.state = PrimaryState.ASKING\n        return [Ask()]\n",
+                "        return self._let_go(LetGoReason.FORCE)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "policy-ignored",
+        "with the policy hold, silence does not let output go",
+        (
+            Edit(
+                "kemari/protection.py",
+                '            self.do(self.machine.no_answer(release=policy == "release"))\n',
+                "            self.do(self.machine.no_answer(release=bool(policy)))\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "policy-after-handover",
+        "after a handover the policy does not count",
+        (
+            Edit(
+                _EPOCH,
+                "        if release and not self.handed:\n",
+                "        if release:\n",
+            ),
+        ),
+        ("tests/property/test_epoch.py",),
+    ),
+    Mutant(
+        "restart-without-asking",
+        "a restarted primary asks who owns the guest",
+        (
+            Edit(
+                "kemari/ledger.py",
+                "            return Duty.ASK\n",
+                "            return Duty.NONE\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "restart-asks-for-its-own-generation",
+        "a host that the guest has left asks for the generation before the peer's",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "        generation = record.generation - (record.role is Role.MOVED)\n",
+                "        generation = record.generation\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "ledger-not-asked",
+        "a host that runs a guest says so, also when its daemon was restarted",
+        (
+            Edit(
+                "kemari/ledger.py",
+                "    if owns and record is not None and record.generation > generation:\n",
+                "    if owns and record is not None and record.generation > generation + 1000:\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "generation-not-checked",
+        "a standby refuses a generation that is over",
+        (
+            Edit(
+                _STANDBY,
+                "        if generation <= known:\n",
+                "        if generation < 0:\n",
+            ),
+        ),
+        (
+            "tests/unit/test_kemari_daemon.py",
+            "tests/unit/test_kemari_guest.py",
+            "tests/unit/test_prove_rules.py",
+        ),
+    ),
+    Mutant(
+        "old-question-answered-for-a-new-generation",
+        "an old generation's question does not make a newer one stand down",
+        (
+            Edit(
+                "kemari/daemon.py",
+                "            if session.generation > generation:\n",
+                "            if session.generation < 0:\n",
+            ),
+        ),
+        ("tests/unit/test_prove_rules.py",),
+    ),
+    Mutant(
+        "stale-copy-kept",
+        "a primary that has lost the guest destroys its copy",
+        (
+            Edit(
+                "kemari/endings.py",
+                '        await self.attempt("destroy the stale copy", source.destroy)\n',
+                "",
+            ),
+        ),
+    ),
+    Mutant(
+        "stale-output-let-go",
+        "a primary that has lost the guest drops what it holds",
+        (
+            Edit(
+                "kemari/endings.py",
+                "output.teardown, drop=True)",
+                "output.teardown, drop=False)",
+            ),
+        ),
+    ),
+    Mutant(
+        "stale-buffer-let-go",
+        "a restarted primary that has lost the guest drops what was held",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "        await self._reclaim(release=False)\n",
+                "        await self._reclaim(release=True)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "straggler-forgotten",
+        "a standby that owes its promise is asked on",
+        (
+            Edit(
+                "kemari/stragglers.py",
+                "        if record is not None and uuid not in self._asking:\n",
+                '        if record is not None and uuid == "":\n',
+            ),
+        ),
+    ),
+    Mutant(
+        "own-stall-is-their-silence",
+        "time in which this process stood still is not the other's silence",
+        (
+            Edit(
+                "kemari/endings.py",
+                "        if stood_still:\n            self._since = self._loop.time()\n",
+                "",
+            ),
+        ),
+    ),
+    Mutant(
+        "own-stall-is-their-death",
+        "a watch that ticks late does not count its lateness",
+        (
+            Edit(
+                "kemari/liveness.py",
+                "        if late > self.pace / 2:\n",
+                "        if late > 1e9:\n",
+            ),
+        ),
+        ("tests/unit/test_kemari_liveness.py",),
+    ),
+    # ---- Invariant 5: no harm to the guest ----
+    Mutant(
+        "guest-left-paused",
+        "a guest that a killed daemon left paused is let run",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "        await asyncio.to_thread(host.hypervisor.recover, guest)\n",
+                "        await asyncio.to_thread(host.hypervisor.domain_exists, guest)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "shell-left",
+        "a standby's restarted daemon removes the shell that was left",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "        elif record.role is Role.RELEASED:\n",
+                "        elif record.generation < 0:\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "wedged-standby-waited-for",
+        "a standby that acknowledges nothing is given up",
+        (
+            Edit(
+                _CYCLE,
+                "        self._ack_timer.set(ACK_LIMIT)\n",
+                "        self._ack_timer.clear()\n",
+            ),
+        ),
+        ("tests/unit/test_kemari_guest.py",),
+    ),
+)
