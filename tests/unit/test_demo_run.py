@@ -18,6 +18,7 @@ from vagrant.demolib import demo
 from vagrant.demolib.hosts import Reply
 from vagrant.demolib.report import KEYS
 from vagrant.lablib.errors import LabError
+from vagrant.lablib.guest import GuestOptions
 from vagrant.lablib.ssh import Result
 
 
@@ -59,7 +60,7 @@ class Pretence:
     def reset(self) -> None:
         self.calls.append("reset")
 
-    def guest_start(self, name: str) -> None:
+    def guest_start(self, name: str, options: GuestOptions | None = None) -> None:
         self.calls.append(f"guest on {name}")
         self.guest_on = name
 

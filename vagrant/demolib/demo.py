@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ from types import FrameType
 from vagrant.demolib import picture, report
 from vagrant.demolib.history import History
 from vagrant.demolib.hosts import DAEMON_LOG, Events, bring_back, domains, kemari
+from vagrant.demolib.ledger import Writers
 from vagrant.demolib.picture import Band, Mark
 from vagrant.demolib.report import Figures
 from vagrant.demolib.talk import Talk
@@ -22,6 +24,7 @@ from vagrant.demolib.verdict import Cut, Verdict, judge
 from vagrant.lablib.command import extend_path, say, step
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import NAME as GUEST
+from vagrant.lablib.guest import GuestOptions
 from vagrant.lablib.lab import DEFAULT_SUITE, Lab, Options
 from vagrant.lablib.network import HOSTS
 from vagrant.lablib.recipe import RECIPES
@@ -34,22 +37,29 @@ UNPROTECTED = 150
 AFTERWARDS = 15.0
 #: Answers on each connection after which they are coming again.
 SETTLED = 25
+#: Acknowledged writes on each of the database's connections, likewise.
+WRITTEN = 10
 
 
 class Demo:
     """One run.
 
+    :param guest: what the guest is to be like; with a disk, clients write to a database on it
     :ivar failures: one sentence for everything that did not hold, beside the verdict's
     """
 
-    def __init__(self, lab: Lab, cuts: int, protected_s: float, interval_ms: float) -> None:
+    def __init__(
+        self, lab: Lab, cuts: int, protected_s: float, interval_ms: float, guest: GuestOptions
+    ) -> None:
         self.failures: list[str] = []
         self.figures: list[Figures] = []
         self.cuts: list[Cut] = []
         self.history: History | None = None
         self.verdict: Verdict | None = None
+        self.acknowledged: int | None = None
         self.out = lab.state / "out"
         self._lab = lab
+        self._guest = guest
         self._wanted = cuts
         self._protected_s = protected_s
         self._interval_ms = interval_ms
@@ -65,21 +75,30 @@ class Demo:
             (self.out / old).unlink(missing_ok=True)
         self._await_daemons(HOSTS)
         with step("the guest boots on host a"):
-            self._lab.guest_start("a")
+            self._lab.guest_start("a", self._guest)
         words = ["--interval", str(self._interval_ms)]
-        with Talk(self._lab, self.out / "demo.jsonl", *words) as talk:
+        with ExitStack() as clients:
+            talk = clients.enter_context(Talk(self._lab, self.out / "demo.jsonl", *words))
+            writers = None
+            if self._guest.disk_mib:
+                errors = self.out / "writer.err"
+                writers = clients.enter_context(Writers(self._lab, errors))
             try:
-                self._story(talk)
+                self._story(talk, writers)
+                if writers is not None:
+                    self.failures += writers.stop()
             except LabError as error:
                 # What the client saw until then is worth a verdict and a picture all the same.
                 self.failures.append(str(error))
                 if error.details:
                     say(error.details.rstrip())
+            if writers is not None:
+                self.acknowledged = len(writers.done)
             self.history = talk.stop()
         self.verdict = judge(self.history, self.cuts)
         self._draw(self.history, self.verdict)
 
-    def _story(self, talk: Talk) -> None:
+    def _story(self, talk: Talk, writers: Writers | None) -> None:
         say("a client outside both hosts talks to the guest, which is not protected yet")
         talk.wait_answers(UNPROTECTED)
         primary, standby = HOSTS
@@ -88,6 +107,8 @@ class Demo:
                 with step(f"host {standby} gets its power back"):
                     bring_back(self._lab, standby)
             self._cut(talk, primary, standby)
+            if writers is not None:
+                writers.wait_done(WRITTEN)
             primary, standby = standby, primary
         say("the client goes on")
         talk.wait_seconds(AFTERWARDS)
@@ -209,6 +230,13 @@ def _parser() -> argparse.ArgumentParser:
         "--cuts", type=int, default=1, metavar="N", help="power cuts, to and fro (%(default)s)"
     )
     parser.add_argument(
+        "--guest-vcpus", type=int, default=1, metavar="N", help="the guest's (%(default)s)"
+    )
+    parser.add_argument(
+        "--guest-disk", type=int, default=0, metavar="MIB",
+        help="size of a disk with a database under load on it (none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--protected", type=float, default=20, metavar="S", help="before each cut (%(default)s)"
     )
     parser.add_argument(
@@ -231,11 +259,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     extend_path()
     signal.signal(signal.SIGTERM, _terminated)
     lab = Lab(args.state)
-    demo = Demo(lab, args.cuts, args.protected, args.interval)
+    guest = GuestOptions(vcpus=args.guest_vcpus, disk_mib=args.guest_disk)
+    demo = Demo(lab, args.cuts, args.protected, args.interval, guest)
     was_up = False
     try:
         was_up = lab.network.is_up
-        lab.up(Options(args.suite))
+        lab.up(Options(args.suite, guest=guest))
         if was_up:
             say("the lab is up already: it is made ready again, and stays up afterwards")
             lab.install()
@@ -252,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.keep and not was_up:
             lab.down()
     failures = [*demo.failures, *(demo.verdict.failures if demo.verdict else ())]
-    values = report.result(demo.verdict, demo.figures, demo.failures)
+    values = report.result(demo.verdict, demo.figures, demo.failures, demo.acknowledged)
     table = demo.table()
     if table and not args.json_only:
         print(f"\n{table}")

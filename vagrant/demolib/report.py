@@ -58,7 +58,10 @@ class Figures:
 
 
 def result(
-    verdict: Verdict | None, figures: Sequence[Figures], failures: Sequence[str]
+    verdict: Verdict | None,
+    figures: Sequence[Figures],
+    failures: Sequence[str],
+    acknowledged: int | None = None,
 ) -> dict[str, Any]:
     """The line's values; what was not measured is None.
 
@@ -66,6 +69,8 @@ def result(
 
     :param verdict: None if there is none, because something failed before the end
     :param failures: what did not hold beside what the verdict tells of
+    :param acknowledged: writes that the guest's database has acknowledged, if it has one: all of
+        them are there, or it is among the failures
     """
     survived = verdict is not None and verdict.survived and not failures
     values: dict[str, Any] = dict.fromkeys(KEYS)
@@ -85,6 +90,8 @@ def result(
         values["pause_ms_p50"] = max(each.pause_ms_p50 for each in figures)
         values["pause_ms_p99"] = max(each.pause_ms_p99 for each in figures)
         values["wire_bytes_per_checkpoint_p50"] = max(each.wire_bytes_p50 for each in figures)
+    if acknowledged is not None:
+        values["acknowledged_writes"] = acknowledged
     return values
 
 

@@ -27,6 +27,8 @@ PORT: Final = 6379
 COUNTS: Final = 4
 #: Seconds that the last answers may take.
 PATIENCE: Final = 120.0
+#: Seconds between two attempts to connect; a refusal is no event that could be awaited.
+RETRY: Final = 0.2
 TOTAL: Final = "total"
 
 
@@ -86,7 +88,7 @@ class Writer:
 
     async def run(self, ending: asyncio.Event) -> None:
         """Write until ``ending``."""
-        reader, writer = await asyncio.open_connection(HOST, PORT)
+        reader, writer = await connect()
         print(json.dumps({"event": "connected", "connection": self.index}), flush=True)
         number = 0
         try:
@@ -119,9 +121,24 @@ class Writer:
         print(json.dumps(done), flush=True)
 
 
+async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect, once the database listens: it may still be starting.
+
+    :raises OSError: it does not within :data:`PATIENCE`
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return await asyncio.open_connection(HOST, PORT)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(RETRY)
+
+
 async def contents(connections: int) -> dict[str, Any]:
     """What the database holds."""
-    reader, writer = await asyncio.open_connection(HOST, PORT)
+    reader, writer = await connect()
     try:
         lists = []
         for index in range(connections):
