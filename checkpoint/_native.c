@@ -106,6 +106,46 @@ static PyObject *active_writable(PyObject *self, PyObject *args)
     return result;
 }
 
+/* receive_ring_whole(page, grants) -> bool */
+static PyObject *ring_whole(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer page;
+    Py_ssize_t grants;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*n:receive_ring_whole", &page, &grants))
+        return NULL;
+    if (page.len < (Py_ssize_t)PAGE_BYTES || grants < 0)
+        PyErr_Format(PyExc_ValueError, "a ring of %zd bytes and %zd grants", page.len, grants);
+    else
+        result = PyBool_FromLong(receive_ring_whole(page.buf, (uint64_t)grants));
+    PyBuffer_Release(&page);
+    return result;
+}
+
+/* xor(one, other, out) */
+static PyObject *xor_bytes(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer one, other, out;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*y*w*:xor", &one, &other, &out))
+        return NULL;
+    if (one.len != other.len || one.len != out.len) {
+        PyErr_Format(PyExc_ValueError, "%zd, %zd and %zd bytes, expected as many each", one.len,
+                     other.len, out.len);
+    } else {
+        bytes_xor(one.buf, other.buf, (size_t)one.len, out.buf);
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&one);
+    PyBuffer_Release(&other);
+    PyBuffer_Release(&out);
+    return result;
+}
+
 /* subtract(gfns, count, exclude) -> count */
 static PyObject *subtract(PyObject *self, PyObject *args)
 {
@@ -244,6 +284,8 @@ static PyMethodDef methods[] = {
     {"scan_bitmap", scan_bitmap, METH_VARARGS, NULL},
     {"gather", gather, METH_VARARGS, NULL},
     {"active_writable", active_writable, METH_VARARGS, NULL},
+    {"receive_ring_whole", ring_whole, METH_VARARGS, NULL},
+    {"xor", xor_bytes, METH_VARARGS, NULL},
     {"subtract", subtract, METH_VARARGS, NULL},
     {"encode_pages", encode_pages, METH_VARARGS, NULL},
     {"verify_batch", verify_batch, METH_VARARGS, NULL},

@@ -107,6 +107,39 @@ static uint64_t grants_writable(const uint8_t *entries, uint64_t count, uint64_t
     return found;
 }
 
+/* ---- Receive rings of network interfaces ---- */
+
+/* xen/include/public/io/ring.h: req_prod, req_event, rsp_prod, rsp_event, then slots from byte 64;
+ * io/netif.h: a slot is {u16 id, u16 pad, u32 grant}. */
+#define RX_SLOTS 256u
+#define RX_SLOTS_AT 64u
+#define RESERVED_GRANTS 8u /* GNTTAB_NR_RESERVED_ENTRIES, xen/include/public/grant_table.h */
+
+/* Whether every slot that waits for an answer still holds its request; checkpoint/xen/rings.py says
+ * why a reference tells.  page is a copy that nobody writes. */
+static int receive_ring_whole(const uint8_t *page, uint64_t grants)
+{
+    uint32_t indices[4];
+    memcpy(indices, page, sizeof indices);
+    uint32_t answered = indices[2], waiting = indices[0] - answered;
+    if (waiting > RX_SLOTS)
+        return 0;
+    for (uint32_t i = 0; i < waiting; i++) {
+        uint64_t slot = load64(page + RX_SLOTS_AT + 8 * ((answered + i) % RX_SLOTS));
+        if (slot >> 32 < RESERVED_GRANTS || slot >> 32 >= grants)
+            return 0;
+    }
+    return 1;
+}
+
+/* ---- Machine states ---- */
+
+static void bytes_xor(const uint8_t *one, const uint8_t *other, size_t length, uint8_t *out)
+{
+    for (size_t i = 0; i < length; i++)
+        out[i] = one[i] ^ other[i];
+}
+
 /* ---- Sorted sets of frame numbers ---- */
 
 /* Whether values ascend strictly. */

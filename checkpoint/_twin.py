@@ -26,6 +26,10 @@ _GRANT_TYPE_MASK = 3
 _GRANT_PERMIT_ACCESS = 1
 _GRANT_WRITING = 1 << 4
 
+_RX_SLOTS = 256
+_RX_SLOTS_AT = 64
+_RESERVED_GRANTS = 8
+
 
 def _bytes(buffer: Any) -> memoryview:
     return memoryview(buffer).cast("B")
@@ -86,6 +90,29 @@ def active_writable(entries: Any, out: Any) -> int:
         raise OverflowError(f"{len(found)} grants are active, room for {len(target)}")
     target[: len(found)] = memoryview(array("Q", found))
     return len(found)
+
+
+def receive_ring_whole(page: Any, grants: int) -> bool:
+    view = _bytes(page)
+    if len(view) < PAGE_SIZE or grants < 0:
+        raise ValueError(f"a ring of {len(view)} bytes and {grants} grants")
+    words = view[:_RX_SLOTS_AT].cast("I")
+    waiting = (words[0] - words[2]) & 0xFFFFFFFF
+    if waiting > _RX_SLOTS:
+        return False
+    slots = view[_RX_SLOTS_AT : _RX_SLOTS_AT + 8 * _RX_SLOTS].cast("Q")
+    references = (slots[(words[2] + i) % _RX_SLOTS] >> 32 for i in range(waiting))
+    return all(_RESERVED_GRANTS <= reference < grants for reference in references)
+
+
+def xor(one: Any, other: Any, out: Any) -> None:
+    left, right, target = _bytes(one), _bytes(other), _bytes(out)
+    if not len(left) == len(right) == len(target):
+        raise ValueError(
+            f"{len(left)}, {len(right)} and {len(target)} bytes, expected as many each"
+        )
+    value = int.from_bytes(left, "little") ^ int.from_bytes(right, "little")
+    target[:] = value.to_bytes(len(target), "little")
 
 
 def subtract(gfns: Any, count: int, exclude: Any) -> int:

@@ -172,7 +172,8 @@ class Encoder:
             raise ValueError(
                 f"a machine state of {len(state)} bytes, at most {MAX_STATE - _PREFIX.size}"
             )
-        body, flags = state, 0
+        body: Buffer = state
+        flags = 0
         if self._state is not None and len(self._state) == len(state):
             body, flags = _xor(state, self._state), _STATE_XOR
         self._state = state
@@ -249,7 +250,7 @@ class Decoder:
         if untrusted_flags & _STATE_XOR:
             if self._state is None or len(self._state) != length:
                 raise ProtocolError("a machine state refers to one of its length that never came")
-            body = _xor(body, self._state)
+            body = bytes(_xor(body, self._state))
         self._state = body
         return body
 
@@ -285,6 +286,7 @@ def _unpack_zstd(untrusted_coded: memoryview, length: int) -> bytes:
         raise ProtocolError("a payload is no valid zstd frame") from error
 
 
-def _xor(one: bytes, other: bytes) -> bytes:
-    value = int.from_bytes(one, "little") ^ int.from_bytes(other, "little")
-    return value.to_bytes(len(one), "little")
+def _xor(one: bytes, other: bytes) -> bytearray:
+    out = bytearray(len(one))
+    native.xor(one, other, out)
+    return out

@@ -151,6 +151,7 @@ class Link(asyncio.BufferedProtocol):
         self._writable.set()
         self._ended = asyncio.Event()
         self._lost = asyncio.Event()
+        self._wrote = 0.0
         self._pending: list[Buffer] = []
         self._pending_size = 0
         self._beats: asyncio.Task[None] | None = None
@@ -342,17 +343,19 @@ class Link(asyncio.BufferedProtocol):
 
     async def _beat(self, interval: float) -> None:
         while not self.closed:
-            # While a write waits for room, what is being sent is sign of life enough.
-            if self._writable.is_set():
+            # What is being sent is sign of life enough, also while it waits for room.
+            silent = time.monotonic() - self._wrote
+            if silent >= interval and self._writable.is_set():
                 self.put(FrameType.HEARTBEAT)
                 self._write()
-            await asyncio.sleep(interval)
+            await asyncio.sleep(interval - silent if silent < interval else interval)
 
     def _write(self) -> None:
         if not self._pending or self._transport is None or self.closed:
             return
         pending, self._pending = self._pending, []
         self._pending_size = 0
+        self._wrote = time.monotonic()
         last = pending[-1]
         if len(last) < _SMALL:
             self._transport.write(b"".join(pending))

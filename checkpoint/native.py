@@ -24,6 +24,8 @@ class Loops(Protocol):
     def scan_bitmap(self, bitmap: Any, nbits: int, out: Any, /) -> int: ...
     def gather(self, memory: Any, gfns: Any, count: int, out: Any, /) -> None: ...
     def active_writable(self, entries: Any, out: Any, /) -> int: ...
+    def receive_ring_whole(self, page: Any, grants: int, /) -> bool: ...
+    def xor(self, one: Any, other: Any, out: Any, /) -> None: ...
     def subtract(self, gfns: Any, count: int, exclude: Any, /) -> int: ...
     def encode_pages(
         self, gfns: Any, count: int, data: Any, reference: Any, have: Any, out: Any, /
@@ -84,6 +86,24 @@ def active_writable(grant_frames: Any) -> array[int]:
     found = array("Q", bytes(memoryview(grant_frames).nbytes // 8 * 8))
     count = _loops.active_writable(grant_frames, found)
     return array("Q", sorted(set(found[:count])))
+
+
+def receive_ring_whole(page: Any, grants: int) -> bool:
+    """Whether every slot that waits on a network interface's receive ring holds its request.
+
+    :param page: a copy of the ring (xen/include/public/io/ring.h, io/netif.h)
+    :param grants: entries of the guest's grant table: a request names one of them
+    :raise ValueError: ``page`` is less than a page
+    """
+    return _loops.receive_ring_whole(page, grants)
+
+
+def xor(one: Any, other: Any, out: Any) -> None:
+    """Write the exclusive or of two buffers to a third; one of the first two may be it.
+
+    :raise ValueError: they are not of one length; nothing was changed
+    """
+    _loops.xor(one, other, out)
 
 
 def subtract(gfns: Any, count: int, exclude: Any) -> int:

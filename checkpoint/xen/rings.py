@@ -12,15 +12,12 @@ import enum
 import struct
 from dataclasses import dataclass
 
+from checkpoint import native
 from checkpoint.driver import PAGE_SIZE
 from checkpoint.errors import CheckpointError
 
 #: req_prod, req_event, rsp_prod, rsp_event
 _INDICES = struct.Struct("<4I")
-_SLOTS_AT = 64
-_RX_SLOTS = 256
-#: the grant reference of every slot: struct netif_rx_request {u16 id, u16 pad, u32 gref}
-_RX_GRANTS = struct.Struct("<" + _RX_SLOTS * "4xI")
 
 #: XenbusStateConnected (io/xenbus.h)
 _CONNECTED = "4"
@@ -30,10 +27,8 @@ XENSTORE_RING = 1024
 _XENSTORE_INDICES = struct.Struct("<4I")
 _XENSTORE_INDICES_AT = 2 * XENSTORE_RING
 
-#: grant entry version 1: flags, domid, frame; references below 8 are reserved
-#: (GNTTAB_NR_RESERVED_ENTRIES, xen/include/public/grant_table.h)
+#: grant entry version 1: flags, domid, frame
 GRANT = struct.Struct("<HHI")
-_RESERVED_GRANTS = 8
 GRANTS_PER_FRAME = PAGE_SIZE // GRANT.size
 
 
@@ -108,15 +103,7 @@ def receive_unambiguous(page: bytes | bytearray | memoryview, grants: int) -> bo
 
     :param grants: number of entries of the guest's grant table
     """
-    req_prod, _req_event, rsp_prod, _rsp_event = _INDICES.unpack_from(page, 0)
-    waiting = (req_prod - rsp_prod) & 0xFFFFFFFF
-    if waiting > _RX_SLOTS:
-        return False
-    references = _RX_GRANTS.unpack_from(page, _SLOTS_AT)
-    first = rsp_prod % _RX_SLOTS
-    waiting_references = (references + references)[first : first + waiting]
-    lowest = min(waiting_references, default=_RESERVED_GRANTS)
-    return bool(lowest >= _RESERVED_GRANTS and max(waiting_references, default=0) < grants)
+    return native.receive_ring_whole(page, grants)
 
 
 def xenstore_indices(page: bytes | bytearray | memoryview) -> tuple[int, int, int, int]:

@@ -132,6 +132,22 @@ static void bitmaps(void)
     free(out), free(bitmap);
 }
 
+static void rings(void)
+{
+    uint8_t *page = take(PAGE_BYTES), *other = take(PAGE_BYTES), *out = take(PAGE_BYTES);
+    for (size_t i = 0; i < PAGE_BYTES; i += 8)
+        store64(page + i, draw(0) + state);
+    uint32_t answered = (uint32_t)(draw(0) + state), waiting = (uint32_t)draw(300);
+    uint32_t asked = answered + waiting;
+    memcpy(page, &asked, sizeof asked);
+    memcpy(page + 8, &answered, sizeof answered);
+    check(!receive_ring_whole(page, RESERVED_GRANTS) || !waiting, "no request names such a grant");
+    memcpy(other, page, PAGE_BYTES);
+    bytes_xor(page, other, PAGE_BYTES, out);
+    check(page_is_zero(out), "what is equal has no difference");
+    free(out), free(other), free(page);
+}
+
 int main(int argc, char **argv)
 {
     uint64_t tally[2] = {0, 0};
@@ -148,6 +164,7 @@ int main(int argc, char **argv)
         for (int n = 0; n < 4; n++) {
             epoch(guest, reference, have, shell, tally);
             bitmaps();
+            rings();
         }
         free(guest), free(shell), free(reference), free(have);
     }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,35 @@ def test_active_writable(entries: bytes, room: int) -> None:
     assert result == outcome(compiled.active_writable, entries, theirs)[0]
     if isinstance(result, int):
         assert mine[:result] == theirs[:result]
+
+
+@st.composite
+def receive_rings(draw: st.DrawFn) -> bytes:
+    """Rings of netif requests, some of them answered or broken."""
+    answered = draw(st.one_of(st.integers(0, 300), st.integers(2**32 - 300, 2**32 - 1)))
+    waiting = draw(st.one_of(st.integers(0, 257), st.integers(0, 2**32 - 1)))
+    page = bytearray(PAGE)
+    struct.pack_into("<4I", page, 0, (answered + waiting) % 2**32, 0, answered, 0)
+    good = draw(st.integers(0, 40))
+    for slot in range(256):
+        struct.pack_into("<HHI", page, 64 + 8 * slot, slot, 0, good)
+    for slot, reference in draw(st.dictionaries(st.integers(0, 255), st.integers(0, 40))).items():
+        struct.pack_into("<HHI", page, 64 + 8 * slot, slot, 0, reference)
+    return bytes(page[: draw(st.sampled_from([PAGE, PAGE, PAGE - 1]))])
+
+
+@given(receive_rings(), st.integers(-1, 40))
+def test_receive_ring_whole(page: bytes, grants: int) -> None:
+    same("receive_ring_whole", lambda: (page, grants))
+
+
+@given(st.binary(max_size=50), st.binary(max_size=50), st.booleans(), st.integers(-1, 1))
+def test_xor(one: bytes, other: bytes, even: bool, more: int) -> None:
+    if even:
+        one, other = one[: len(other)], other[: len(one)]
+    result = same("xor", lambda: (one, other, bytearray(max(0, len(one) + more))))
+    if even and more == 0:
+        assert result[-1] == bytes(a ^ b for a, b in zip(one, other, strict=True))
 
 
 small = st.lists(st.integers(0, 30), max_size=20)
