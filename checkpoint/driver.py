@@ -142,6 +142,9 @@ class Source(Protocol):
         A copy may be torn; then its frame is in a later round or capture.
         """
 
+    def stolen(self) -> float:
+        """Of the time for which this host wanted a processor lately, the share that it waited."""
+
     def prepared(self) -> bool:
         """Whether a capture would begin at once; otherwise it has to find out first what the guest
         has changed about its devices, which takes a while (the guest runs meanwhile).

@@ -344,11 +344,14 @@ class Link(asyncio.BufferedProtocol):
     async def _beat(self, interval: float) -> None:
         while not self.closed:
             # What is being sent is sign of life enough, also while it waits for room.
-            silent = time.monotonic() - self._wrote
-            if silent >= interval and self._writable.is_set():
-                self.put(FrameType.HEARTBEAT)
-                self._write()
-            await asyncio.sleep(interval - silent if silent < interval else interval)
+            left = self._wrote + interval - time.monotonic()
+            if left <= 0:
+                if self._writable.is_set():
+                    self.put(FrameType.HEARTBEAT)
+                    self._write()
+                left = interval
+            # No shorter than what any clock can tell; five beats leave so much room.
+            await asyncio.sleep(max(left, interval / 16))
 
     def _write(self) -> None:
         if not self._pending or self._transport is None or self.closed:

@@ -206,6 +206,10 @@ class MemorySource:
             staging.data[place * PAGE_SIZE : (place + 1) * PAGE_SIZE] = page
             staging.count = place + 1
 
+    def stolen(self) -> float:
+        """Nothing: guests in memory use no processor."""
+        return 0.0
+
     def prepared(self) -> bool:
         """Always: there is nothing to find out."""
         return True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Final, Protocol
 
 from checkpoint.codec import Coded, Encoder
@@ -22,8 +22,10 @@ from checkpoint.errors import CheckpointError, NotQuiescent
 from checkpoint.faultpoints import reach
 from checkpoint.sender import Sender, Sent
 from kemari.actions import Actions
+from kemari.deadline import Deadline
 from kemari.epoch import Primary
 from kemari.output import Output
+from kemari.pace import Pace
 from kemari.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ CAPTURE_LIMIT: Final = 10.0
 ACK_LIMIT: Final = 20.0
 #: Seconds between two looks at how much output is held while an epoch is in flight: what may come
 #: meanwhile must fit between high water and limit (``docs/netbuffer.md``).
-LOOK_PAUSE: Final = 0.020
+LOOK_PAUSE: Final = 0.100
 
 
 class Keeper(Protocol):
@@ -104,6 +106,9 @@ class Cycle:
         self._listening = False
         self._closed = False
         self._capturing: asyncio.Task[None] | None = None
+        self._pace = Pace()
+        self._put_off: asyncio.TimerHandle | None = None
+        self._drained = False
         self._at_rest = asyncio.Event()
         self._at_rest.set()
 
@@ -119,6 +124,8 @@ class Cycle:
             self._loop.remove_reader(self._output.fileno())
         self._interval_timer.close()
         self._ack_timer.close()
+        if self._put_off is not None:
+            self._put_off.cancel()
         if self._capturing is not None:
             await asyncio.wait({self._capturing})
 
@@ -129,20 +136,22 @@ class Cycle:
     # ---- Events ----
 
     def _on_frame(self) -> None:
+        machine = self._keeper.machine
         try:
-            seen = self._output.drain()
-            machine = self._keeper.machine
-            if seen == 0:
-                return
             if machine.capturing or machine.captured > machine.acked:
+                if self._output.drain() == 0:
+                    return
                 full = not machine.stalled and self._look()
-            else:
-                full = False
-                self._keeper.statistics.by_output += 1
+                self._keeper.do(machine.buffer_full() if full else machine.output_held())
+                return
+            self._keeper.statistics.by_output += 1
+            self._drained = False
+            self._keeper.do(machine.output_held())
+            # Closing the epoch drains: here only if that is still to come.
+            if not self._drained:
+                self._output.drain()
         except Exception as error:  # noqa: BLE001 - of netbuffer or the kernel: the guest must not stay mute
             self._output_broke(error)
-            return
-        self._keeper.do(machine.buffer_full() if full else machine.output_held())
 
     def _look(self) -> bool:
         """Whether so much is held that the guest must wait; asks the kernel now and then."""
@@ -209,8 +218,16 @@ class Cycle:
         reach("released")
 
     def capture(self, number: int, keep_paused: bool) -> None:
-        """Take a checkpoint, here or in a thread."""
+        """Take a checkpoint, here or in a thread, now or when it is time."""
         self._interval_timer.clear()
+        wait = 0.0 if keep_paused else self._pace.wait(self._loop.time())
+        if wait > 0:
+            self._put_off = self._loop.call_later(wait, self._capture, number, keep_paused)
+        else:
+            self._capture(number, keep_paused)
+
+    def _capture(self, number: int, keep_paused: bool) -> None:
+        self._put_off = None
         if self._pages_before <= INLINE_PAGES and self._source.prepared():
             self._captured(number, self._capture_now(keep_paused))
         else:
@@ -239,6 +256,7 @@ class Cycle:
         # Frames that were seen until now belong to the epoch that is closed: no new trigger.
         reach("output-close")
         self._output.drain()
+        self._drained = True
         self._output.close_epoch()
         reach("output-closed")
         self._closed = True
@@ -353,6 +371,7 @@ class Cycle:
 
     def _let_out(self, number: int, commit_ms: float, encode_ns: int, sent: Sent) -> None:
         keeper, stages = self._keeper, self._stages
+        self._pace.ended(self._loop.time(), commit_ms / 1000, self._source.stolen())
         # This may capture and send the next epoch already.
         keeper.do(keeper.machine.acked_epoch(number))
         statistics = keeper.statistics
@@ -360,44 +379,3 @@ class Cycle:
         statistics.wire_bytes.add(sent.wire_bytes)
         statistics.total_bytes += sent.wire_bytes
         statistics.stages.add(*stages, encode_ns, sent.send_ns, sent.ack_ns, self._release_ns)
-
-
-class Deadline:
-    """A timer that is set and cleared far more often than it comes due.
-
-    The event loop is asked for a wake-up only when none is under way: setting and clearing cost
-    next to nothing.
-    """
-
-    def __init__(self, due: Callable[[], None]) -> None:
-        self._due = due
-        self._at: float | None = None
-        self._loop = asyncio.get_running_loop()
-        self._handle: asyncio.TimerHandle | None = None
-
-    def set(self, delay: float) -> None:
-        """Come due after ``delay`` seconds, the same ones each time, instead of when set before."""
-        self._at = self._loop.time() + delay
-        if self._handle is None:
-            self._handle = self._loop.call_at(self._at, self._wake)
-
-    def clear(self) -> None:
-        """Do not come due."""
-        self._at = None
-
-    def close(self) -> None:
-        """Do not come due, and leave nothing behind in the event loop."""
-        self._at = None
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-
-    def _wake(self) -> None:
-        self._handle = None
-        if self._at is None:
-            return
-        if self._loop.time() < self._at:
-            self._handle = self._loop.call_at(self._at, self._wake)
-        else:
-            self._at = None
-            self._due()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,10 @@ async def serve(daemon: Daemon) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     await daemon.start()
+    # What was made so far stays: without this, a look for garbage goes through every module again
+    # and again, and stops the daemon in the middle of an epoch for as long as many epochs take.
+    gc.collect()
+    gc.freeze()
     notify(f"READY=1\nSTATUS=Serving on {', '.join(daemon.host.advertised)}")
     interval = watchdog_interval()
     while not ending.is_set():

@@ -19,6 +19,8 @@ from netbuffer.errors import NetlinkError, NetlinkTimeout
 
 #: struct nlmsghdr: length, type, flags, sequence number, port; Linux ``linux/netlink.h``
 HEADER = struct.Struct("=IHHII")
+#: struct nlmsghdr, and struct nlmsgerr with the header of the question and nothing more
+_DONE = struct.Struct("=IHHIIi16x")
 _ATTRIBUTE = struct.Struct("=HH")
 _SEQUENCE = struct.Struct("=I")
 _SEQUENCE_OFFSET = 8
@@ -83,7 +85,13 @@ class Netlink:
         :raise NetlinkTimeout: no answer in time
         """
         sequence = self._send(message)
-        for kind, flags, start, end in self._answers(sequence, purpose):
+        size = self._receive(purpose)
+        if size == _DONE.size:
+            # What comes unless something is wrong: one message, error 0.
+            _length, kind, _flags, answered, _port, error = _DONE.unpack_from(self._buffer)
+            if kind == NLMSG_ERROR and answered == sequence and error == 0:
+                return
+        for kind, flags, start, end in self._answers(sequence, purpose, size):
             if kind == NLMSG_ERROR:
                 self._raise_error(flags, start, end, purpose)
                 return
@@ -127,21 +135,29 @@ class Netlink:
         self._socket.send(message)
         return self._sequence
 
-    def _answers(self, sequence: int, purpose: str) -> Iterator[tuple[int, int, int, int]]:
+    def _receive(self, purpose: str) -> int:
+        """Bytes of what came next, in the buffer."""
+        try:
+            return self._socket.recv_into(self._buffer)
+        except BlockingIOError:
+            raise NetlinkTimeout(purpose, self._timeout) from None
+        except OSError as err:
+            # ENOBUFS: the kernel could not queue the answer, so what it did is not known.
+            if err.errno == errno.ENOBUFS:
+                raise NetlinkTimeout(purpose, 0) from err
+            raise
+
+    def _answers(
+        self, sequence: int, purpose: str, size: int = 0
+    ) -> Iterator[tuple[int, int, int, int]]:
         """(type, flags, start and end of the payload in the buffer) of each answer.
 
         Answers to an earlier request, one that ran into its timeout, are passed over.
+
+        :param size: bytes that were received already
         """
         while True:
-            try:
-                size = self._socket.recv_into(self._buffer)
-            except BlockingIOError:
-                raise NetlinkTimeout(purpose, self._timeout) from None
-            except OSError as err:
-                # ENOBUFS: the kernel could not queue the answer, so what it did is not known.
-                if err.errno == errno.ENOBUFS:
-                    raise NetlinkTimeout(purpose, 0) from err
-                raise
+            size = size or self._receive(purpose)
             offset = 0
             while offset + HEADER.size <= size:
                 length, kind, flags, answered, _port = HEADER.unpack_from(self._buffer, offset)
@@ -150,6 +166,7 @@ class Netlink:
                 if answered == sequence:
                     yield kind, flags, offset + HEADER.size, min(offset + length, size)
                 offset += (length + 3) & ~3
+            size = 0
 
     def _raise_error(self, flags: int, start: int, end: int, purpose: str) -> None:
         (code,) = struct.unpack_from("=i", self._buffer, start)

@@ -30,6 +30,7 @@ from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
 from checkpoint.xen.dirty import DirtyLog, switch_off
 from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
+from checkpoint.xen.processors import Processors
 from checkpoint.xen.rings import Kind
 from checkpoint.xen.state import MachineState, StateEncoder
 from checkpoint.xen.store import Store
@@ -67,6 +68,7 @@ class XenSource:
         self._condemned = False
         self._destroyed = False
         self._memory: PhysicalMemory = RamView(b"")
+        self._processors = Processors()
 
     # ---- Section: tracking ----
 
@@ -210,6 +212,9 @@ class XenSource:
 
     # ---- Section: capture ----
 
+    def stolen(self) -> float:
+        return self._processors.stolen()
+
     def prepared(self) -> bool:
         return not (self._stale or self._following.changed() or self._disks_busy())
 
@@ -321,7 +326,7 @@ class XenSource:
         return MachineState(
             context=context,
             events=events,
-            grants=[grants[at : at + PAGE_SIZE] for at in range(0, len(grants), PAGE_SIZE)],
+            grants=[grants],
             pages=special,
             params=self._callback,  # set once, when the guest boots
             store=self._tree,

@@ -52,7 +52,7 @@ class MachineState:
 
     :ivar context: HVM save records
     :ivar events: bound ports, ascending
-    :ivar grants: the grant table's shared frames, in order
+    :ivar grants: the grant table's shared frames, in order; pieces of any number of them
     :ivar pages: contents of pages outside RAM (xenstore and console rings) by guest frame
     :ivar params: HVM parameters that the guest set
     :ivar store: the guest's xenstore subtree, path relative to ``/local/domain/N`` -> value

@@ -40,7 +40,7 @@ class Tables:
     def __init__(self, domid: int, libs: Libraries | None = None) -> None:
         self._libs = libs or libraries()
         self._domid = domid
-        self._answer = b""
+        self._whole = b""
         self._parsed: tuple[list[EventChannel], int] = ([], 0)
         self._allocate(_PORTS)
 
@@ -99,15 +99,16 @@ class Tables:
         )
         if result < 0:
             raise HypervisorError("multicall", ffi.errno, "event channels")
+        answer = bytes(view[: self._query_at + _QUERY.size])
+        if answer == self._whole:
+            return *self._parsed, True
         *ports, query = self._results.unpack_from(view)
         if query:
             raise HypervisorError("GNTTABOP_query_size", -query, f"domain {self._domid}")
         for number in set(ports).difference((0, -errno.EINVAL)):
             raise HypervisorError("EVTCHNOP_status", -number, f"domain {self._domid}")
         whole = ports[-1] == -errno.EINVAL
-        raw = bytes(view[status_at : self._query_at + _QUERY.size])
-        if raw == self._answer:
-            return *self._parsed, whole
+        raw = answer[status_at:]
         events: list[EventChannel] = []
         for port in range(self._ports):
             at = port * _STATUS.size
@@ -119,7 +120,8 @@ class Tables:
         _dom, frames, _most, error = _QUERY.unpack_from(raw, self._query_at - status_at)
         if error:
             raise HypervisorError("GNTTABOP_query_size", 1, f"status {error}")
-        self._answer, self._parsed = raw, (events, frames)
+        self._parsed = (events, frames)
+        self._whole = answer if whole else b""
         return events, frames, whole
 
     def close(self) -> None:

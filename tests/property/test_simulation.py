@@ -9,6 +9,7 @@ import random
 import pytest
 
 from checkpoint.faultpoints import POINTS
+from checkpoint.memory import MemorySource
 from tests.prove import schedules, sweep
 from tests.prove.machine import Machine
 from tests.prove.simulation import Process, Simulation
@@ -46,6 +47,15 @@ def test_what_was_found_stays_cured(case: Case) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenarios_end_well(scenario: str) -> None:
+    outcome = baseline(scenario)
+    assert not outcome.violation, outcome.violation
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenarios_end_well_where_processors_are_short(
+    scenario: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemorySource, "stolen", lambda self: 0.5)
     outcome = baseline(scenario)
     assert not outcome.violation, outcome.violation
 

@@ -17,11 +17,14 @@ import pytest
 
 from kemari import durable
 from kemari.control import MAX_REQUEST, ControlServer, Progress, request
+from kemari.deadline import Deadline
 from kemari.errors import DaemonUnreachable, KemariError, NoSuchProtection, Refused
 from kemari.host import load_host_id
 from kemari.journal import Journal
 from kemari.notify import notify, watchdog_interval
+from kemari.pace import Pace
 from kemari.statistics import Reservoir, Statistics
+from tests.prove.simulation import Process, Simulation
 
 # ---- Event log ----
 
@@ -58,6 +61,50 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     forget()
     journal.note("web", "takeover", "not heard")
     assert [entry["text"] for entry in heard] == ["still said"]
+
+
+# ---- When the next checkpoint begins ----
+
+
+def test_where_processors_are_plenty_a_checkpoint_follows_the_last_at_once() -> None:
+    pace = Pace()
+    assert pace.wait(5.0) <= 0
+    pace.ended(7.0, took=0.040, stolen=0.0)
+    assert pace.wait(7.0) <= 0
+
+
+@pytest.mark.parametrize(
+    ("took", "stolen", "wait"),
+    [(0.040, 0.2, 0.020), (0.040, 0.4, 0.040), (0.040, 0.9, 0.040), (0.300, 0.9, 0.050)],
+)
+def test_where_they_are_not_it_waits_up_to_as_long_as_the_last_took(
+    took: float, stolen: float, wait: float
+) -> None:
+    pace = Pace()
+    pace.ended(7.0, took=took, stolen=stolen)
+    assert pace.wait(7.0) == pytest.approx(wait)
+    assert pace.wait(7.010) == pytest.approx(wait - 0.010)
+
+
+def test_a_deadline_comes_due_after_the_last_setting_and_not_once_cleared() -> None:
+    simulation = Simulation(0)
+    loop, due = Process(simulation, "a"), []
+    deadlines: list[Deadline] = []
+
+    def make() -> None:
+        deadlines.append(Deadline(lambda: due.append(simulation.now)))
+        deadlines[0].set(1.0)
+
+    loop.call_soon(make)
+    loop.call_later(0.5, lambda: deadlines[0].set(1.0))
+    loop.call_later(2.0, lambda: deadlines[0].set(1.0))
+    loop.call_later(2.5, lambda: deadlines[0].clear())
+    loop.call_later(4.0, lambda: deadlines[0].set(1.0))
+    loop.call_later(4.5, lambda: deadlines[0].close())
+    began = simulation.now
+    simulation.run(lambda: False, 10.0)
+    simulation.end()
+    assert [when - began for when in due] == [1.5]
 
 
 # ---- Figures ----
