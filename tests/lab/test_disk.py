@@ -46,6 +46,7 @@ def writers(world: World, name: str) -> Writers:
 
 @pytest.mark.short
 def test_power_cuts_under_a_database(world: World) -> None:
+    world.protected()
     with writers(world, "database") as clients:
         for _ in range(CUTS):
             pair = world.protected()
