@@ -114,6 +114,9 @@ class LinkOptions:
     user_timeout: float = 30.0
 
 
+UNORDERED = frozenset({FrameType.APPLIED})
+"""Types of frames that say nothing of what came before or comes after them."""
+
 FrameHandler = Callable[[Frame], bool]
 """Takes a frame and says whether it has handled it; see :meth:`Link.divert`."""
 
@@ -271,9 +274,9 @@ class Link(asyncio.BufferedProtocol):
 
         It saves each frame a task's wake-up, which is most of the time that a small one takes.
         ``handler`` gets each frame that :meth:`receive` would return, unless one before it still
-        waits there; one that it does not handle (False) goes there too.  A
-        :class:`CheckpointError` that it raises is what :meth:`receive` raises next; then nothing
-        is diverted any more.
+        waits there (of the types :data:`UNORDERED`, even then); one that it does not handle (False)
+        goes there too.  A :class:`CheckpointError` that it raises is what :meth:`receive` raises
+        next; then nothing is diverted any more.
         """
         self._handler = handler
 
@@ -283,10 +286,7 @@ class Link(asyncio.BufferedProtocol):
         :raise ProtocolError: it is another one; the peer is told and the connection ended
         :raise CheckpointError: as :meth:`receive`
         """
-        return self.accept(await self.receive(), *types)
-
-    def accept(self, frame: Frame, *types: FrameType) -> tuple[Frame, Fields]:
-        """As :meth:`expect`, for a frame that was received."""
+        frame = await self.receive()
         try:
             if frame.type not in types:
                 names = " or ".join(wanted.name for wanted in types)
@@ -393,7 +393,7 @@ class Link(asyncio.BufferedProtocol):
     def _divert(self, frame: Frame) -> bool:
         if self._thrown is not None:
             return True  # what comes after a failure is of no more use
-        if self._handler is None or self._frames:
+        if self._handler is None or (self._frames and frame.type not in UNORDERED):
             return False
         try:
             return self._handler(frame)

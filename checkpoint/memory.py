@@ -23,7 +23,8 @@ import time
 import uuid as uuids
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 
 from checkpoint.driver import PAGE_SIZE, Captured, Description, Disk, Nic, Staging
@@ -53,6 +54,7 @@ class MemoryGuest:
 
     :param transmit: takes each frame that the guest sends
     :ivar paused: what arrives while it is set waits
+    :ivar write_disk: called with (this guest, number) before a request is answered
     """
 
     def __init__(self, description: Description, transmit: Callable[[str, bytes], None]) -> None:
@@ -66,6 +68,7 @@ class MemoryGuest:
         self.disks = [Disk(**disk) for disk in description.detail.get("disks", ())]
         self.lock = threading.RLock()
         self._transmit = transmit
+        self.write_disk: Callable[[MemoryGuest, int], None] = lambda guest, number: None
         self._inbox: deque[int] = deque()
         self._ring = description.pages - 1
         self._granted = range(self._ring - _GRANTED, self._ring)
@@ -136,6 +139,7 @@ class MemoryGuest:
         _HEAD.pack_into(self.memory, 0, answers + 1, digest, taken + 1)
         page = 1 + number % (self._granted[0] - 1)
         self.write(page, digest)
+        self.write_disk(self, number)
         self._transmit(self.nics[0].vif, _ANSWER.pack(number, answers + 1, digest))
         return True
 
@@ -293,6 +297,7 @@ class MemoryShell:
     def __init__(self, hypervisor: MemoryHypervisor, description: Description) -> None:
         self._hypervisor = hypervisor
         self._guest = MemoryGuest(description, hypervisor.transmit)
+        self._guest.write_disk = hypervisor.write_disk
         self.memory = memoryview(self._guest.memory)
         self.nics = self._guest.nics
         self.disks = self._guest.disks
@@ -339,6 +344,7 @@ class MemoryHypervisor:
     :param memory_pages: guest memory that the host has for shells
     :ivar restless: so many of the next captures find no usable pause point
     :ivar restless_late: so many of the next captures find that out when output is closed already
+    :ivar write_disk: what guests that come to be here do to their disks for each request
     :ivar reached: called with the name of each point that a test may want to disturb
     """
 
@@ -357,9 +363,10 @@ class MemoryHypervisor:
         self.restless = 0
         self.restless_late = 0
         self.reached: Callable[[str], None] = lambda point: None
+        self.write_disk: Callable[[MemoryGuest, int], None] = lambda guest, number: None
         self._domid = 0
 
-    def boot(self, name: str, pages: int = 64) -> MemoryGuest:
+    def boot(self, name: str, pages: int = 64, disks: Sequence[Disk] = ()) -> MemoryGuest:
         """Start a guest."""
         self._domid += 1
         uuid = str(uuids.uuid4())
@@ -370,9 +377,13 @@ class MemoryHypervisor:
             vcpus=1,
             pages=pages,
             driver=self.name,
-            detail={"mac": f"00:16:3e:{uuid[0:2]}:{uuid[2:4]}:{uuid[4:6]}"},
+            detail={
+                "mac": f"00:16:3e:{uuid[0:2]}:{uuid[2:4]}:{uuid[4:6]}",
+                "disks": [asdict(disk) for disk in disks],
+            },
         )
         guest = self.guests[name] = MemoryGuest(description, self.transmit)
+        guest.write_disk = self.write_disk
         return guest
 
     def open_source(self, domain: str) -> MemorySource:

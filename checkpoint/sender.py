@@ -112,7 +112,7 @@ class Sender:
         state = Runstate.PREPARING
         async with self._step("prepare", (Runstate.GREETED,), state, Runstate.BASE):
             await self.link.send(FrameType.PREPARE, request)
-            _, fields = self.link.accept(await self._receive(), FrameType.PREPARED)
+            _, fields = await self.link.expect(FrameType.PREPARED)
             return fields.mapping("detail")
 
     async def send_base(self, batches: Iterable[Coded]) -> int:
@@ -217,13 +217,15 @@ class Sender:
             raise
 
     def _arrived(self, frame: Frame) -> bool:
-        if frame.type is FrameType.APPLIED:
-            self.on_applied(*parse_applied(frame))
-            return True
         awaited = self._awaited
-        if awaited is None:
+        applied = frame.type is FrameType.APPLIED
+        if awaited is None and not applied:
             return False
         try:
+            if applied:
+                self.on_applied(*parse_applied(frame))
+                return True
+            assert awaited is not None
             self._take_ack(frame, awaited.epoch)
         except ProtocolError as error:
             self._over(error, "protocol")
@@ -262,13 +264,7 @@ class Sender:
         reach("commit-sent")
 
     async def _await_ack(self, epoch: int) -> None:
-        self._take_ack(await self._receive(), epoch)
-
-    async def _receive(self) -> Frame:
-        """The next frame but for APPLIED, which comes when it wants to."""
-        while (frame := await self.link.receive()).type is FrameType.APPLIED:
-            self.on_applied(*parse_applied(frame))
-        return frame
+        self._take_ack(await self.link.receive(), epoch)
 
     def _take_ack(self, frame: Frame, epoch: int) -> None:
         if frame.type is not FrameType.ACK or frame.epoch != epoch:
@@ -292,8 +288,7 @@ class Sender:
         async with self._step("handover", allowed, during, Runstate.CLOSED):
             await self.link.send(FrameType.HANDOVER, {"generation": generation}, epoch=self.acked)
             reach("handover-sent")
-            answer = await self._receive()
-            frame, fields = self.link.accept(answer, FrameType.RUNNING, FrameType.DECLINED)
+            frame, fields = await self.link.expect(FrameType.RUNNING, FrameType.DECLINED)
             if frame.epoch != self.acked:
                 raise ProtocolError(f"{frame.type.name} is of epoch {frame.epoch}")
             if frame.type is FrameType.DECLINED:
@@ -313,7 +308,7 @@ class Sender:
         async with self._step("stop", allowed, Runstate.STOPPING, Runstate.CLOSED):
             await self.link.send(FrameType.STOP, {"reason": reason})
             reach("stop-sent")
-            self.link.accept(await self._receive(), FrameType.STOPPED)
+            await self.link.expect(FrameType.STOPPED)
         await self.link.close()
 
     async def close(self) -> None:

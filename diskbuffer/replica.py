@@ -131,7 +131,14 @@ class Replica:
     # ---- Setting up ----
 
     async def setup(
-        self, *, size: int, pair: str, new_pair: str, peer: str, generation: int
+        self,
+        *,
+        size: int,
+        pair: str,
+        new_pair: str,
+        peer: str,
+        generation: int,
+        most_runs: int = bitmap.MAX_RUNS,
     ) -> Known:
         """Make this host's copy a replica, durably, before anything is written to it.
 
@@ -139,10 +146,11 @@ class Replica:
         :param pair: whose differences the primary knows, "" for none
         :param new_pair: name of the pair if everything has to be copied
         :param peer: UUID of the primary
+        :param most_runs: runs of differing chunks that may be told
         :return: what this host knew; ``pair`` is the one that is used from now on
         :raise DiskError: the target does not fit, or what is known cannot be written
         """
-        self.known = await asyncio.to_thread(self._prepare, size, pair, new_pair)
+        self.known = await asyncio.to_thread(self._prepare, size, pair, new_pair, most_runs)
         self._metadata = Metadata(
             Role.REPLICA, Fitness.SYNCING, size, self.known.pair, peer, generation
         )
@@ -156,7 +164,7 @@ class Replica:
             # Marks of another pair, or damaged ones, say nothing of this one.
             self._forget_marks()
 
-    def _prepare(self, size: int, pair: str, new_pair: str) -> Known:
+    def _prepare(self, size: int, pair: str, new_pair: str, most_runs: int) -> Known:
         self._backing = Backing(self.target)
         self.size = self._backing.size
         if self.size != size:
@@ -168,9 +176,9 @@ class Replica:
             self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise MetadataError(f"{self._state} cannot be made: {error.strerror}") from error
-        return self._judge(pair, new_pair)
+        return self._judge(pair, new_pair, most_runs)
 
-    def _judge(self, pair: str, new_pair: str) -> Known:
+    def _judge(self, pair: str, new_pair: str, most_runs: int) -> Known:
         full, state = "", "none"
         try:
             mine = metadata.load(self._state / "state.json")
@@ -193,7 +201,7 @@ class Replica:
             return Known(new_pair, state, full=full)
         if marks is None:
             return Known(pair, state)
-        return Known(pair, state, marks.shift, tuple(marks.runs()))
+        return Known(pair, state, marks.shift, tuple(marks.runs(most_runs)))
 
     # ---- Epochs ----
 

@@ -101,8 +101,12 @@ class StatusPage:
                 self._map = mmap.mmap(descriptor, _SIZE, prot=mmap.PROT_READ)
             finally:
                 os.close(descriptor)
-        except (OSError, ValueError) as error:
-            raise ServerError(f"{path} cannot be read: {error}; expected a disk's server") from None
+        except OSError as error:
+            raise ServerError(
+                f"{path} cannot be read: {error.strerror}; expected a disk's server"
+            ) from None
+        except ValueError:
+            raise ServerError(f"{path} is shorter than {_SIZE} bytes") from None
         self._words = memoryview(self._map)[8 : 8 * (1 + len(_NAMES))].cast("Q")
         if self._map[:8] != _MAGIC or self._words[0] != _VERSION:
             self.close()

@@ -106,6 +106,7 @@ class Config:
     :ivar on_standby_loss: fate of held output when the standby is lost and does not answer
     :ivar compression: of replicated pages
     :ivar buffer_limit: bytes of held output per guest above which the guest is stalled
+    :ivar disk_rate: bytes per second at which a disk is copied at most; 0 for no limit
     :ivar resume: a restarted daemon protects the guests again that it protected before
     """
 
@@ -118,6 +119,7 @@ class Config:
     on_standby_loss: str = "release"
     compression: str = "lz4"
     buffer_limit: int = 16 << 20
+    disk_rate: int = 0
     resume: bool = True
     tls: Tls | None = None
     paths: Paths = field(default_factory=Paths)
@@ -266,6 +268,7 @@ def parse(untrusted: Mapping[str, Any]) -> Config:
         on_standby_loss=table.choice("on_standby_loss", "release", STANDBY_LOSS_POLICIES),
         compression=table.choice("compression", "lz4", COMPRESSIONS),
         buffer_limit=table.integer("buffer_limit", 16 << 20, 1 << 16, 1 << 30),
+        disk_rate=table.integer("disk_rate", 0, 0, 1 << 40),
         resume=table.take("resume", bool, True),
         tls=_tls(table.table("tls")),
         paths=_paths(table.table("paths")),

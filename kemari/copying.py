@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,7 +31,9 @@ class Progress:
     :ivar round: 1 for the first, in which every page is sent
     :ivar done: pages of this round that were sent
     :ivar total: pages of this round, as far as known
-    :ivar wire_bytes: bytes sent so far, all rounds
+    :ivar wire_bytes: bytes of pages sent so far, all rounds
+    :ivar disk_total: bytes of the disks that the standby lacked or lacks
+    :ivar disk_left: of these, bytes that are still to be copied
     """
 
     round: int = 0
@@ -39,6 +41,8 @@ class Progress:
     total: int = 0
     wire_bytes: int = 0
     seconds: float = 0.0
+    disk_total: int = 0
+    disk_left: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
@@ -48,6 +52,8 @@ class Progress:
             "total": self.total,
             "wire_bytes": self.wire_bytes,
             "seconds": round(self.seconds, 1),
+            "disk_total": self.disk_total,
+            "disk_left": self.disk_left,
         }
 
 
@@ -57,12 +63,14 @@ async def base_copy(
     sender: Sender,
     progress: Progress,
     report: Callable[[], None],
+    before_end: Callable[[], Awaitable[None]],
 ) -> None:
     """Send every page of the guest, then what was written meanwhile, until little is left.
 
     Copying and coding run in a thread, one chunk ahead of sending.
 
     :param report: called after each chunk
+    :param before_end: waited for before the end of the copy is told
     :raise CheckpointError: the link broke, or the guest is gone
     """
     staging = Staging(CHUNK)
@@ -89,6 +97,7 @@ async def base_copy(
             await asyncio.gather(coming, return_exceptions=True)
         if progress.round > 1 and progress.done <= FEW_PAGES:
             break
+    await before_end()
     await sender.finish_base()
 
 

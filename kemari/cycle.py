@@ -23,6 +23,7 @@ from checkpoint.faultpoints import reach
 from checkpoint.sender import Sender, Sent
 from kemari.actions import Actions
 from kemari.deadline import Deadline
+from kemari.disks import Pending, SourceDisks
 from kemari.epoch import Primary
 from kemari.output import Output
 from kemari.pace import Pace
@@ -85,6 +86,7 @@ class Cycle:
         encoder: Encoder,
         sender: Sender,
         interval: float,
+        disks: SourceDisks,
     ) -> None:
         self._keeper = keeper
         self._source = source
@@ -92,6 +94,8 @@ class Cycle:
         self._encoder = encoder
         self._sender = sender
         self._interval = interval
+        self._disks = disks
+        disks.full = self._on_interval
         self._loop = asyncio.get_running_loop()
         self._staging = Staging(min(STAGING_PAGES, source.description.pages))
         self._pages_before = source.description.pages
@@ -249,6 +253,8 @@ class Cycle:
             return error
 
     def _close_output(self) -> None:
+        # At each attempt: what was answered since the last one must be in the epoch as well.
+        self._disks.close_epoch()
         if self._closed:
             # By an attempt that failed after it.  What was sent since waits for the epoch after
             # this one, and its frames go on asking for that one.
@@ -316,8 +322,9 @@ class Cycle:
         self._keeper.do(self._keeper.machine.sent_epoch(number))
         self._ack_timer.set(ACK_LIMIT)
         self._at_rest.clear()
-        if self._staging.count > INLINE_PAGES:
-            self._keeper.spawn(self._send_aside(number), "send")
+        pending = self._disks.pending()
+        if pending or self._staging.count > INLINE_PAGES:
+            self._keeper.spawn(self._send_aside(number, pending), "send")
             return
         began = time.monotonic_ns()
         try:
@@ -331,13 +338,14 @@ class Cycle:
         except CheckpointError as error:
             self._send_failed(error)
 
-    async def _send_aside(self, number: int) -> None:
+    async def _send_aside(self, number: int, pending: Pending) -> None:
         began = time.monotonic_ns()
         try:
             batches = await asyncio.to_thread(self._encode)
             state = self._encoder.encode_state(self._staging.state)
             encode_ns = time.monotonic_ns() - began
-            sent = await self._sender.send_epoch(number, batches, state, self._captured_ns)
+            writes = await self._disks.read(pending)
+            sent = await self._sender.send_epoch(number, batches, state, self._captured_ns, writes)
         except CheckpointError as error:
             self._send_failed(error)
         else:

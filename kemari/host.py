@@ -38,6 +38,8 @@ class Host:
 
     :ivar host_id: UUID that stays the same for the life of the installation
     :ivar dial: opens connections; tests put their own network in its place
+    :ivar locate: where the target of a disk is on this host: at the same path as on the other
+        one, but in tests, whose hosts share a file system
     :ivar advertised: addresses at which peers can reach this daemon, best first
     :ivar pulses: with other hosts; None in tests of what heartbeats alone can tell
     """
@@ -49,6 +51,7 @@ class Host:
     journal: Journal
     host_id: str
     dial: Dial = connect
+    locate: Callable[[str], Path] = Path
     advertised: tuple[str, ...] = ()
     ssl_client: ssl.SSLContext | None = None
     pulses: Pulses | None = None

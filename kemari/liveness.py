@@ -32,11 +32,11 @@ REPLICATION: Final = "replication"
 
 
 class Verdict(enum.Enum):
-    """What is known about the other host."""
+    """What is known about the other host; the value says it of the host."""
 
-    ALIVE = enum.auto()
-    LINK_DEAD = enum.auto()
-    DEAD = enum.auto()
+    ALIVE = "is alive"
+    LINK_DEAD = "is silent on the replication link but alive on another path"
+    DEAD = "is silent on every path"
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ happens; :mod:`kemari.cycle` does the same for the checkpoints themselves.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -25,6 +26,7 @@ from kemari import actions as act
 from kemari.config import Address, Options
 from kemari.copying import Progress, base_copy
 from kemari.cycle import Cycle
+from kemari.disks import SourceDisks
 from kemari.endings import STOP_PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
@@ -88,6 +90,7 @@ class Protection:
         self._sender: Sender | None = None
         self._output: Output | None = None
         self._cycle: Cycle | None = None
+        self._disks = SourceDisks(host.config.paths.run, host.locate, self.link_lost)
 
     # ---- Section: what the daemon calls ----
 
@@ -194,6 +197,7 @@ class Protection:
             "why": self.why,
             "options": asdict(self.options),
             "progress": self.progress.as_json(),
+            "disks": self._disks.status(),
             "statistics": self.statistics.as_json(),
         }
 
@@ -211,8 +215,7 @@ class Protection:
         """Connect, agree on a generation, have the shell built."""
         host = self._host
         self.guest, self.uuid = source.description.name, source.description.uuid
-        if source.disks:
-            raise Refused(f"{self.guest} has a disk; expected none: disks are not replicated yet")
+        await self._disks.open(source.disks)
         link, address = await host.connect_any(self.addresses, "replicate")
         self._link = link
         if link.peer.host_id == host.host_id:
@@ -226,26 +229,23 @@ class Protection:
         self.generation = await next_generation(
             host, self._peers, address, self._standby_id, self.guest, self.uuid
         )
-        self.note(
-            "start",
-            f"protecting {self.guest} to {self.standby} as generation {self.generation}",
-        )
+        whom = f"{self.guest} to {self.standby}"
+        self.note("start", f"protecting {whom} as generation {self.generation}")
         self._sender = Sender(link)
-        await self._sender.prepare(
-            source.description, self.generation, {"host": host.config.host} | asdict(self.options)
-        )
+        options = {"host": host.config.host, "disks": self._disks.offer()} | asdict(self.options)
+        detail = await self._sender.prepare(source.description, self.generation, options)
+        for text in await self._disks.begin(detail, self._standby_id, self.generation):
+            self.note("disk", text)
         return self._sender
 
     async def _copy(
-        self,
-        source: Source,
-        encoder: Encoder,
-        sender: Sender,
-        report: Callable[[Progress], None],
+        self, source: Source, encoder: Encoder, sender: Sender, report: Callable[[Progress], None]
     ) -> None:
         self.why = "first copy under way"
         await in_thread(source.track)
-        await base_copy(source, encoder, sender, self.progress, lambda: report(self.progress))
+        told = functools.partial(report, self.progress)
+        await self._disks.copy(sender, self._host.config.disk_rate, self.progress, told)
+        await base_copy(source, encoder, sender, self.progress, told, self._disks.end_base)
         self.statistics.base_bytes = self.progress.wire_bytes
 
     async def _begin(self, source: Source, encoder: Encoder, sender: Sender) -> None:
@@ -272,8 +272,8 @@ class Protection:
         self._output = output
         await in_thread(output.setup)
         reach("output-held")
-        interval = self.options.interval_ms / 1000
-        self._cycle = Cycle(self, source, output, encoder, sender, interval)
+        pace = self.options.interval_ms / 1000
+        self._cycle = Cycle(self, source, output, encoder, sender, pace, self._disks)
         self._cycle.listen()
         self.spawn(self._await_close(sender.link), "link")
         self.do(self.machine.begin())
@@ -343,14 +343,10 @@ class Protection:
             verdict = watch.tick(time.monotonic())
             if verdict is Verdict.ALIVE:
                 continue
-            what = (
-                "is silent on every path"
-                if verdict is Verdict.DEAD
-                else "is silent on the replication link but alive on another path"
-            )
+            what = f"{self.standby} {verdict.value}"
             if self.machine.state is PrimaryState.COPYING:
-                link.end(CheckpointError(f"{self.standby} {what}"))  # ends the copy
-            self.link_lost(f"{self.standby} {what}")
+                link.end(CheckpointError(what))  # ends the copy
+            self.link_lost(what)
             return
 
     # ---- Section: actions ----
@@ -495,6 +491,7 @@ class Protection:
             await self._sender.close()
         elif self._link is not None:
             await self._link.close()
+        await self._disks.teardown()
         self.ended.set()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()

@@ -17,7 +17,7 @@ from collections.abc import Awaitable
 from typing import Any, Final, Protocol
 
 from checkpoint.driver import Description, Shell
-from checkpoint.errors import CheckpointError, ProtocolError, ReviveError
+from checkpoint.errors import CheckpointError, ReviveError
 from checkpoint.faultpoints import reach
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
@@ -37,6 +37,7 @@ from kemari.host import Host, host_is_alive
 from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Verdict, Watch
 from kemari.peers import Peers, further_addresses
+from kemari.replicas import StandbyDisks
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class StandbySession:
         self._watching = asyncio.Event()
         self._deciding = asyncio.Lock()
         self._revive_error: Exception | None = None
+        self._disks = StandbyDisks(host.config.paths, host.locate, self._receiver.applied)
 
     # ---- Section: what the daemon calls ----
 
@@ -102,6 +104,7 @@ class StandbySession:
             if self._probing:
                 self._peers.unwant(self.primary_id, self._further)
             await self._link.close()
+            await self._disks.close()
 
     async def stand_down(self, why: str) -> Owner | None:
         """Give up this generation for good, unless the guest runs here already.
@@ -218,6 +221,9 @@ class StandbySession:
         except KemariError as error:
             raise CheckpointError(str(error)) from error
         reach("standby-recorded")
+        # Before the shell, whose hotplug script asks whether this host's copy may be written.
+        offer = options.get("disks", [])
+        answers = await self._disks.prepare(offer, self.primary_id, generation)
         self._shell = await asyncio.to_thread(host.hypervisor.create_shell, description)
         reach("shell-built")
         self.why = "first copy under way"
@@ -225,7 +231,7 @@ class StandbySession:
             "standby", f"standing by for {self.guest} of {self.primary}, generation {generation}"
         )
         self._watching.set()
-        return self._shell, {"host": host.config.host}
+        return self._shell, {"host": host.config.host, "disks": answers}
 
     def _record(self, generation: int) -> Record:
         return Record(
@@ -240,12 +246,13 @@ class StandbySession:
         )
 
     async def writes(self, epoch: int, disk: int, untrusted_records: memoryview) -> None:
-        """Records of a guest's disk; such a guest is refused before."""
-        raise ProtocolError(f"records of disk {disk} came, of a guest that has none")
+        """Records of one of the guest's disks."""
+        await self._disks.writes(epoch, disk, untrusted_records)
 
     def committed(self, committed: Committed) -> None:
         """An epoch is verified and complete; its ACK follows unless this raises."""
         if committed.epoch == 0:
+            self._disks.seal(0)
             return
         if committed.epoch == 1 and self._shell is not None:
             # What could not be run must not be called protected.  Later states are of one kind.
@@ -253,6 +260,7 @@ class StandbySession:
         for action in self.machine.committed(committed.epoch):
             if isinstance(action, Discard):
                 raise CheckpointError(f"{self._host.config.host} takes no more epochs")
+        self._disks.seal(committed.epoch)
         if committed.epoch == 1:
             self.why = f"{self.guest} could run here if {self.primary} died"
             self.note("ready", f"holds a complete copy of {self.guest}: {self.why}")
@@ -402,6 +410,7 @@ class StandbySession:
                 # A full disk must not cost the guest; see docs/failure-model.md.
                 await _attempt(self, "record the claim", self._claim(Role.CLAIMED))
             reach("claimed")
+            await self._disks.take_over(committed.epoch, self.generation + 1)
             elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
             await asyncio.to_thread(shell.revive, committed.state, elapsed)
         except Exception as error:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import diskbuffer
+from diskbuffer.metadata import state_folder
 from diskbuffer.status import Figures, StatusPage
 from tests.unit.disk_client import NbdClient
 
@@ -21,22 +22,31 @@ END_SECONDS = 30.0
 class DiskServer:
     """See the module's text.
 
+    :param run: the disk's folder, if it is to be elsewhere
+    :param states: folder of all durable folders, if this one is to be where daemons look for it
     :ivar folder: what the hotplug script calls the disk's folder
     :ivar target: the file that is served
     :ivar state: its durable folder
     :ivar bitmap: where its bitmap is, if there is one
     """
 
-    def __init__(self, folder: Path, size: int = 4 << 20) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        size: int = 4 << 20,
+        *,
+        run: Path | None = None,
+        states: Path | None = None,
+    ) -> None:
         nbdkit = shutil.which("nbdkit")
         assert nbdkit, "nbdkit is not installed; .ci/packages installs it"
         self._nbdkit = nbdkit
         self._process = -1
-        self.folder = folder / "run"
+        self.folder = run or folder / "run"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.target = folder / "disk.img"
-        self.state = folder / "state"
-        self.state.mkdir(exist_ok=True)
+        self.state = state_folder(self.target, states) if states else folder / "state"
+        self.state.mkdir(parents=True, exist_ok=True)
         self.bitmap = self.state / "bitmap"
         (self.state / "target").write_text(f"{self.target}\n")
         if not (self.folder / "state").is_symlink():

@@ -12,7 +12,7 @@ import pytest
 from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.link import PeerRefused
 from checkpoint.sender import Writes
-from checkpoint.session import Outcome, StateError
+from checkpoint.session import Committed, Outcome, StateError
 from checkpoint.wire import FrameType, pack_applied, pack_writes
 from tests.unit.session_ends import Guest, Pair, pair
 
@@ -101,6 +101,26 @@ def test_what_is_on_the_standbys_disk_is_heard_at_any_time() -> None:
         assert await ends.ended() is Outcome.STOPPED
         assert heard == [(1, 7), (0, 8), (0, 1 << 40)]
         ends.receiver.applied(1, 0, 9)  # over: nothing is sent, nothing breaks
+
+    run(scenario)
+
+
+def test_what_is_heard_right_behind_an_ack_holds_up_no_later_one() -> None:
+    async def scenario(ends: Pair, guest: Guest) -> None:
+        acknowledge = ends.receiver._acknowledge
+
+        def and_applied(committed: Committed) -> None:
+            acknowledge(committed)
+            payload = pack_applied(0, 1)
+            ends.receiver.link.put(FrameType.APPLIED, payload, epoch=committed.epoch)
+
+        ends.receiver._acknowledge = and_applied  # type: ignore[method-assign]
+        heard: list[tuple[int, int]] = []
+        ends.sender.on_applied = lambda disk, batches: heard.append((disk, batches))
+        await guest.protect(ends.sender)
+        for _ in range(3):
+            await guest.checkpoint(ends.sender)
+        assert heard == [(0, 1)] * 4
 
     run(scenario)
 

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest's disks in its checkpoints, on the host that runs it.
+
+Joins :class:`diskbuffer.disk.DiskBuffer` to the cycle: what differs is copied with epoch 0, an
+epoch ends for the disks while the guest is paused, and its records go out before its COMMIT.
+:mod:`kemari.replicas` is the other end.  ``docs/disk.md`` says why it is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from checkpoint.driver import Disk
+from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.sender import Sender
+from checkpoint.wire import Fields
+from diskbuffer.disk import DiskBuffer
+from diskbuffer.errors import DiskError, ServerError
+from kemari.copying import Progress
+from kemari.errors import Refused
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks for new records while the memory is copied.
+PUMP: Final = 0.02
+#: Seconds between two words to a disk's server that the standby has more of it.
+TELL: Final = 1.0
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One disk's changes.
+
+    :ivar number: its place in PREPARE's list
+    :ivar boundary: where the last captured epoch ends
+    :ivar batches: WRITES frames sent
+    :ivar marks: (frames sent, position then) that the standby has not confirmed
+    """
+
+    number: int
+    disk: Disk
+    buffer: DiskBuffer
+    boundary: int = 0
+    batches: int = 0
+    applied: int = 0
+    told: int = 0
+    marks: deque[tuple[int, int]] = field(default_factory=deque)
+
+
+Pending = list[tuple[_Stream, int]]
+"""Disks with records of an epoch, and where those end."""
+
+
+class SourceDisks:
+    """All disks of one guest.  For the event loop, but for :meth:`close_epoch`.
+
+    :param run: folder of kemari's sockets; ``disks/`` in it has one folder for each served disk
+    :param locate: where a target is on this host
+    :param lost: called with a sentence when changes of a disk are not written down any more
+    :ivar full: called when so much waits that a checkpoint should be taken at once
+    """
+
+    def __init__(
+        self, run: Path, locate: Callable[[str], Path], lost: Callable[[str], None]
+    ) -> None:
+        self._disks: list[Disk] = []
+        self._run = run
+        self._locate = locate
+        self.full: Callable[[], None] = lambda: None
+        self._lost = lost
+        self._streams: list[_Stream] = []
+        self._sizes: list[int] = []
+        self._new_pairs: list[str] = []
+        self._pump: asyncio.Task[None] | None = None
+        self._teller: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
+        self._closing = False
+
+    # ---- Coming about ----
+
+    async def open(self, disks: Sequence[Disk]) -> None:
+        """Find the servers of all disks.
+
+        :raise Refused: one has none
+        """
+        self._disks = list(disks)
+        self._new_pairs = [str(uuid.uuid4()) for _ in disks]
+        for number, disk in enumerate(self._disks):
+            if disk.writable:
+                buffer = await self._open(disk)
+                self._streams.append(_Stream(number, disk, buffer))
+                self._sizes.append(buffer.size)
+            else:
+                self._sizes.append(await asyncio.to_thread(target_size, self._locate(disk.target)))
+
+    async def _open(self, disk: Disk) -> DiskBuffer:
+        why = "block-kemari does not serve it"
+        for folder in await asyncio.to_thread(servers, self._run, self._locate(disk.target)):
+            buffer = DiskBuffer(folder, self._heard)
+            try:
+                await buffer.open()
+            except ServerError as error:
+                why = str(error)
+                continue
+            return buffer
+        raise Refused(f"The disk {disk.vdev} ({disk.target}) cannot be replicated: {why}")
+
+    def offer(self) -> list[dict[str, Any]]:
+        """What PREPARE says of the disks."""
+        pairs = {stream.number: stream.buffer.pair for stream in self._streams}
+        return [
+            {
+                "vdev": disk.vdev,
+                "target": disk.target,
+                "size": self._sizes[number],
+                "readonly": not disk.writable,
+                "pair": pairs.get(number, ""),
+                "new_pair": self._new_pairs[number],
+            }
+            for number, disk in enumerate(self._disks)
+        ]
+
+    async def begin(self, detail: dict[str, Any], peer: str, generation: int) -> list[str]:
+        """Write all changes down from now on, and know what the standby lacks.
+
+        :param detail: of PREPARED, untrusted
+        :return: a sentence for each disk that has to be copied whole
+        :raise ProtocolError: the answer does not fit what was asked
+        :raise CheckpointError: a server refuses
+        """
+        if not self._disks:
+            return []
+        untrusted_answers = detail.get("disks")
+        if not isinstance(untrusted_answers, list) or len(untrusted_answers) != len(self._disks):
+            raise ProtocolError("PREPARED does not say what the standby has of each disk")
+        sentences = []
+        for stream in self._streams:
+            untrusted_answer = untrusted_answers[stream.number]
+            if not isinstance(untrusted_answer, dict):
+                raise ProtocolError("PREPARED has a disk that is no object")
+            fields = Fields(f"PREPARED.disks[{stream.number}]", untrusted_answer)
+            pair, full, runs = fields.text("pair"), fields.text("full"), fields.integers("runs")
+            known = (stream.buffer.pair, self._new_pairs[stream.number])
+            if pair != known[bool(full)] or len(runs) % 2:
+                raise ProtocolError("PREPARED has a disk of another pair than was offered")
+            try:
+                await stream.buffer.begin(
+                    pair=pair,
+                    peer=peer,
+                    generation=generation,
+                    differing=None if full else zip(runs[::2], runs[1::2], strict=True),
+                )
+            except DiskError as error:
+                raise CheckpointError(f"{stream.disk.vdev}: {error}") from error
+            if full:
+                why = stream.buffer.why or full
+                sentences.append(f"{stream.disk.vdev} is copied whole: {why}")
+        return sentences
+
+    # ---- The base copy ----
+
+    async def copy(
+        self, sender: Sender, rate: int, progress: Progress, report: Callable[[], None]
+    ) -> None:
+        """Bring the standby's disks up to date while the guest writes on.
+
+        Afterwards records go on being sent, until :meth:`end_base`.
+
+        :param rate: bytes per second at most, for each disk; 0 for no limit
+        :param progress: kept up to date; ``report`` is called when it changed
+        :raise CheckpointError: a disk or the link failed
+        """
+        if not self._streams:
+            return
+        sender.on_applied = self._applied
+        self._teller = asyncio.create_task(self._tell())
+        with _as_checkpoint_errors():
+            for stream in self._streams:
+                await stream.buffer.sync(rate)
+            while True:
+                states = [stream.buffer.progress() for stream in self._streams]
+                progress.disk_total = sum(state.total for state in states)
+                progress.disk_left = sum(state.left for state in states)
+                await self._send_all(sender)
+                report()
+                if progress.disk_left == 0:
+                    break
+                await asyncio.sleep(PUMP)
+        self._pump = asyncio.create_task(self._pump_on(sender))
+
+    async def _pump_on(self, sender: Sender) -> None:
+        with _as_checkpoint_errors():
+            while not self._stop.is_set():
+                await self._send_all(sender)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PUMP):
+                        await self._stop.wait()
+
+    async def _send_all(self, sender: Sender) -> None:
+        for stream in self._streams:
+            async for batch in stream.buffer.read(stream.buffer.position()):
+                self._note(stream)
+                await sender.send_base_writes([(stream.number, batch)])
+
+    async def end_base(self) -> None:
+        """Send no more records with epoch 0: what comes now belongs to the first epoch.
+
+        :raise CheckpointError: a disk or the link failed meanwhile
+        """
+        self._stop.set()
+        if self._pump is not None:
+            await self._pump
+
+    # ---- Epochs ----
+
+    def close_epoch(self) -> None:
+        """All changes that were answered until now, and not before the last call, are one epoch's.
+
+        While the guest is paused.  From any thread.
+
+        :raise DiskError: changes are not written down any more
+        """
+        for stream in self._streams:
+            stream.boundary = stream.buffer.position()
+
+    def pending(self) -> Pending:
+        """What belongs to the captured epoch and is to be sent, for :meth:`read`."""
+        return [
+            (stream, stream.boundary)
+            for stream in self._streams
+            if stream.boundary > stream.buffer.taken
+        ]
+
+    async def read(self, pending: Pending) -> list[tuple[int, bytes]]:
+        """Its records, for :class:`checkpoint.sender.Sender`.
+
+        :raise CheckpointError: the stream ended before
+        """
+        batches = []
+        with _as_checkpoint_errors():
+            for stream, boundary in pending:
+                async for batch in stream.buffer.read(boundary):
+                    self._note(stream)
+                    batches.append((stream.number, batch))
+        return batches
+
+    def _note(self, stream: _Stream) -> None:
+        stream.batches += 1
+        stream.marks.append((stream.batches, stream.buffer.taken))
+
+    def _applied(self, number: int, batches: int) -> None:
+        for stream in self._streams:
+            if stream.number == number and batches <= stream.batches:
+                while stream.marks and stream.marks[0][0] <= batches:
+                    stream.applied = stream.marks.popleft()[1]
+                return
+        raise ProtocolError(f"APPLIED says {batches} of disk {number}, which were not sent")
+
+    async def _tell(self) -> None:
+        while True:
+            await asyncio.sleep(TELL)
+            for stream in self._streams:
+                position = stream.applied
+                if position > stream.told:
+                    try:
+                        await stream.buffer.applied(position)
+                    except ServerError as error:
+                        log.info("%s: %s", stream.disk.vdev, error)
+                        return  # it is gone, which the stream's end tells
+                    stream.told = position
+
+    # ---- The end ----
+
+    def _heard(self, event: str, text: str) -> None:
+        if self._closing:
+            return
+        if event == "full":
+            self.full()
+        elif event == "lost":
+            self._lost(text)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Figures of each disk that is replicated, for ``kemari status``."""
+        shown = []
+        for stream in self._streams:
+            try:
+                figures, progress = stream.buffer.figures(), stream.buffer.progress()
+            except ServerError:
+                continue  # closed meanwhile
+            shown.append(
+                {
+                    "vdev": stream.disk.vdev,
+                    "target": stream.disk.target,
+                    "size": figures.size,
+                    "copy_total": progress.total,
+                    "copy_left": progress.left,
+                    "queued": figures.position - stream.buffer.taken,
+                    "unconfirmed": figures.position - stream.applied,
+                    "waits": figures.waits,
+                    "errors": figures.errors,
+                }
+            )
+        return shown
+
+    async def teardown(self) -> None:
+        """End the streams; what the guest writes on is only marked (idempotent)."""
+        self._closing = True
+        self._stop.set()
+        tasks = [task for task in (self._pump, self._teller) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in self._streams:
+            await stream.buffer.teardown()
+
+
+@contextlib.contextmanager
+def _as_checkpoint_errors() -> Any:
+    try:
+        yield
+    except DiskError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def servers(run: Path, target: Path) -> list[Path]:
+    """Folders of servers of a target, as block-kemari makes them; some may be of dead ones."""
+    wanted = str(target.resolve())
+    found = []
+    for folder in sorted((run / "disks").glob("*")):
+        try:
+            served = (folder / "state" / "target").read_text().strip()
+        except OSError:
+            continue  # being made or removed
+        if served == wanted:
+            found.append(folder)
+    return found
+
+
+def target_size(target: Path) -> int:
+    """Bytes of a file or block device.
+
+    :raise Refused: it cannot be opened
+    """
+    try:
+        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Refused(f"The disk {target} cannot be read: {error.strerror}") from None
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END) // 512 * 512
+    finally:
+        os.close(descriptor)

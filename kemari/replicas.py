@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The standby's copies of a guest's disks; :mod:`kemari.disks` is the primary's end."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from checkpoint.errors import CheckpointError, ProtocolError, ReviveError
+from checkpoint.wire import Fields
+from diskbuffer import bitmap
+from diskbuffer.control import Control
+from diskbuffer.errors import DiskError, RecordError, ServerError
+from diskbuffer.metadata import state_folder
+from diskbuffer.replica import Known, Replica
+from kemari.config import Paths
+from kemari.disks import servers, target_size
+from kemari.errors import Refused
+
+log = logging.getLogger(__name__)
+
+#: Disks that a guest may have here.
+MAX_DISKS: Final = 256
+
+
+class StandbyDisks:
+    """All disks of one guest that another host runs.  For the event loop.
+
+    :param locate: where a target is on this host
+    :param report: called with (last epoch wholly on disk, number of the disk, batches of it that
+        are on disk)
+    :ivar sealed: last epoch whose changes are complete here, -1 before the base copy is
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        locate: Callable[[str], Path],
+        report: Callable[[int, int, int], None],
+    ) -> None:
+        self._paths = paths
+        self._locate = locate
+        self._report = report
+        self._replicas: dict[int, Replica] = {}
+        self.sealed = -1
+
+    async def prepare(
+        self, untrusted_offer: Any, peer: str, generation: int
+    ) -> list[dict[str, Any]]:
+        """Make this host's copies replicas; what PREPARED says of them.
+
+        :param untrusted_offer: ``options.disks`` of PREPARE
+        :param peer: the primary's UUID
+        :raise CheckpointError: a target does not fit, with the sentence
+        """
+        if not isinstance(untrusted_offer, list) or len(untrusted_offer) > MAX_DISKS:
+            raise ProtocolError("PREPARE has no proper list of disks")
+        answers = []
+        for number, untrusted_disk in enumerate(untrusted_offer):
+            if not isinstance(untrusted_disk, dict):
+                raise ProtocolError("PREPARE has a disk that is no object")
+            fields = Fields(f"PREPARE.disks[{number}]", untrusted_disk)
+            target, size = fields.text("target"), fields.integer("size", 512)
+            if not target.startswith("/") or "\0" in target:
+                raise ProtocolError(f"{target!r} is no path of a disk's target")
+            try:
+                if untrusted_disk.get("readonly") is True:
+                    await self._compare(self._locate(target), size)
+                    known = Known()
+                else:
+                    most_runs = bitmap.MAX_RUNS // len(untrusted_offer)
+                    known = await self._join(
+                        number, fields, self._locate(target), size, peer, generation, most_runs
+                    )
+            except (DiskError, Refused) as error:
+                raise CheckpointError(str(error)) from error
+            answers.append(
+                {
+                    "pair": known.pair,
+                    "state": known.state,
+                    "shift": known.shift,
+                    "runs": [figure for run in known.runs for figure in run],
+                    "full": known.full,
+                }
+            )
+        return answers
+
+    async def _compare(self, target: Path, size: int) -> None:
+        here = await asyncio.to_thread(target_size, target)
+        if here != size:
+            raise Refused(f"{target} has {here} bytes on this host, expected {size}")
+
+    async def _join(
+        self,
+        number: int,
+        fields: Fields,
+        target: Path,
+        size: int,
+        peer: str,
+        generation: int,
+        most_runs: int,
+    ) -> Known:
+        pair, new_pair = _name(fields, "pair"), _name(fields, "new_pair")
+        if not new_pair:
+            raise ProtocolError("PREPARE has a disk without a name for a new pair")
+        state = state_folder(target, self._paths.state / "disks")
+        replica = Replica(target, state, on_applied=functools.partial(self._applied, number))
+        self._replicas[number] = replica
+        return await replica.setup(
+            size=size,
+            pair=pair,
+            new_pair=new_pair,
+            peer=str(uuid.UUID(peer)),
+            generation=generation,
+            most_runs=most_runs,
+        )
+
+    def _applied(self, number: int, epoch: int, batches: int) -> None:
+        self._report(epoch, number, batches)
+
+    # ---- Epochs ----
+
+    async def writes(self, epoch: int, number: int, untrusted_records: memoryview) -> None:
+        """See :meth:`checkpoint.receiver.Standby.writes`."""
+        replica = self._replicas.get(number)
+        if replica is None:
+            raise ProtocolError(f"records of disk {number} came, which is not replicated")
+        try:
+            await replica.stage(epoch, untrusted_records)
+        except RecordError as error:
+            raise ProtocolError(f"WRITES of epoch {epoch}: {error}") from error
+        except DiskError as error:
+            raise CheckpointError(str(error)) from error
+
+    def seal(self, epoch: int) -> None:
+        """The epoch is complete: its changes will be applied.
+
+        :raise CheckpointError: a disk failed: the epoch must not be acknowledged
+        """
+        try:
+            for replica in self._replicas.values():
+                replica.seal(epoch)
+        except DiskError as error:
+            raise CheckpointError(str(error)) from error
+        self.sealed = epoch
+
+    # ---- Ends ----
+
+    async def take_over(self, epoch: int, generation: int) -> None:
+        """Make the copies the guest's disks, as they were in ``epoch``.
+
+        :param generation: the one that begins
+        :raise ReviveError: they are not of that epoch, or a disk failed
+        """
+        if not self._replicas:
+            return
+        if self.sealed != epoch:
+            raise ReviveError(f"the disks are of epoch {self.sealed}, expected {epoch}")
+        replicas = list(self._replicas.values())
+        try:
+            # All before any: a failure leaves no disk that is a replica no more.
+            await asyncio.gather(*(replica.settle() for replica in replicas))
+            await asyncio.gather(*(replica.take_over(generation) for replica in replicas))
+            await asyncio.gather(*(self._activate(replica.target) for replica in replicas))
+        except DiskError as error:
+            raise ReviveError(str(error)) from error
+
+    async def _activate(self, target: Path) -> None:
+        """Have the server of a target take the guest's changes."""
+        why: DiskError = ServerError(f"{target} is not served by block-kemari on this host")
+        for folder in await asyncio.to_thread(servers, self._paths.run, target):
+            try:
+                control = await Control.connect(folder / "control", lambda news: None)
+            except ServerError as error:
+                why = error
+                continue
+            try:
+                await control.ask("activate")
+            finally:
+                await control.close()
+            return
+        raise why
+
+    async def close(self) -> None:
+        """Apply what is sealed, drop the rest (idempotent)."""
+        for replica in self._replicas.values():
+            await replica.close()
+
+
+def _name(fields: Fields, key: str) -> str:
+    text = fields.text(key)
+    try:
+        return str(uuid.UUID(text)) if text else ""
+    except ValueError:
+        raise ProtocolError(f"{fields.where} has no UUID {key!r}") from None

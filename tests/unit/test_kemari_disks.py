@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests with disks on two daemons: everything real but the hypervisor and the kernel's nbd driver.
+
+The guest writes each request into its disk before it answers, through an NBD connection, as blkback
+does for a real one: number k into sector k + 1, and how many it has had into sector 0.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.driver import Disk
+from checkpoint.memory import MemoryGuest
+from diskbuffer import metadata
+from kemari.errors import KemariError, Refused
+from tests.unit.disk_client import NbdClient
+from tests.unit.disk_server import DiskServer
+from tests.unit.kemari_pair import Machine, Pair, await_true
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+TARGET = "/dev/vg0/web"
+SECTOR = 512
+_NUMBER = struct.Struct("<Q")
+
+
+class Side:
+    """One host's disk.
+
+    :ivar at_revival: (requests that the revived guest remembers, contents of the disk) of then
+    """
+
+    def __init__(self, folder: Path, machine: Machine) -> None:
+        self.machine = machine
+        self.client: NbdClient | None = None
+        self.at_revival: tuple[int, bytes] | None = None
+        paths = machine.config.paths
+        self.server = DiskServer(
+            folder / machine.name,
+            SIZE,
+            run=paths.run / "disks" / "1-51712",
+            states=paths.state / "disks",
+        )
+        machine.hypervisor.write_disk = self.write
+        machine.hypervisor.reached = self.reached
+
+    def serve(self, **config: object) -> None:
+        """What block-kemari does when a guest, or a shell, is made."""
+        known = metadata.load(self.server.state / "state.json")
+        replica = known is not None and known.role is metadata.Role.REPLICA
+        self.client = self.server.start(replica=str(replica).lower(), **config)
+
+    def reached(self, point: str) -> None:
+        if point == "create_shell":
+            self.stop()
+            self.serve()
+        if point == "revived":
+            (guest,) = self.machine.hypervisor.guests.values()
+            with guest.lock:
+                self.at_revival = (guest.answered, self.server.target.read_bytes())
+
+    def write(self, guest: MemoryGuest, number: int) -> None:
+        assert self.client is not None
+        self.client.write(SECTOR * (number + 1), _NUMBER.pack(number) * 64)
+        self.client.write(0, _NUMBER.pack(guest.answered))
+
+    def stop(self) -> None:
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+        self.server.stop(signal.SIGKILL)
+
+
+class DiskPair(Pair):
+    """Two hosts, and a guest with a disk on a."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        super().__init__(folder, guest="none", **changes)
+        self.name = "web"
+        self.a.hypervisor.destroy_domain("none")
+        self.sides = {name: Side(folder, each) for name, each in self.machines.items()}
+        disk = Disk(51712, "xvda", TARGET, writable=True)
+        self.guest = self.a.hypervisor.boot("web", disks=[disk])
+
+    def locate(self, name: str) -> Callable[[str], Path]:
+        """Both hosts have the target at the same path; here, each in its own folder."""
+        target = self.sides[name].server.target
+        return lambda path: target if path == TARGET else Path(path)
+
+    def run(self, machine: Machine) -> None:
+        """Start a host's daemon."""
+        machine.start()
+        assert machine.daemon is not None
+        machine.daemon.host.locate = self.locate(machine.name)
+
+    def __enter__(self) -> DiskPair:
+        self.run(self.a)
+        self.run(self.b)
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        super().__exit__(*given)
+        for side in self.sides.values():
+            side.stop()
+
+    def power_on(self, machine: Machine) -> None:
+        """A host comes back, without guests; its disk is as it was."""
+        side = self.sides[machine.name]
+        machine.power_on()
+        machine.hypervisor.write_disk = side.write
+        machine.hypervisor.reached = side.reached
+        assert machine.daemon is not None
+        machine.daemon.host.locate = self.locate(machine.name)
+
+    def check_disk(self, data: bytes, requests: int) -> None:
+        """The disk holds exactly the first ``requests`` requests."""
+        assert _NUMBER.unpack_from(data)[0] == requests
+        sectors = b"".join(_NUMBER.pack(number) * 64 for number in range(requests))
+        assert data[SECTOR : SECTOR + len(sectors)] == sectors
+        assert not any(data[SECTOR + len(sectors) : SECTOR * 2000]), "a write of a later epoch"
+
+    def check_revival(self, name: str) -> None:
+        """What the guest remembered when it came to life is what its disk held then."""
+        side = self.sides[name]
+        await_true(lambda: side.at_revival, "the guest has come to life")
+        assert side.at_revival is not None
+        self.check_disk(side.at_revival[1], side.at_revival[0])
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    # Not tmp_path: the name of a socket has 108 bytes at most.
+    with tempfile.TemporaryDirectory(prefix="kd") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def pair(folder: Path) -> Iterator[DiskPair]:
+    pair = DiskPair(folder)
+    noise = random.Random(5).randbytes(MIB)
+    with pair.sides["a"].server.target.open("r+b") as disk:
+        disk.seek(4 * MIB)
+        disk.write(noise)
+    pair.sides["a"].serve(clean=0.05)
+    with pair:
+        yield pair
+
+
+def same(pair: DiskPair) -> bool:
+    one, other = (side.server.target.read_bytes() for side in pair.sides.values())
+    return one == other
+
+
+def test_after_a_power_cut_the_disk_is_that_of_the_epoch_that_runs(pair: DiskPair) -> None:
+    pair.protect()
+    assert pair.a.status("web")["progress"]["disk_left"] == 0
+    assert "disk" in pair.a.events("web"), "that everything is copied is said"
+    pair.talk(30)
+    pair.a.power_cut()
+    pair.talk(20)
+    pair.check_answers()
+    pair.check_revival("b")
+    data = pair.sides["b"].server.target.read_bytes()
+    pair.check_disk(data, 50)
+    assert data[4 * MIB : 5 * MIB] == random.Random(5).randbytes(MIB)
+
+
+@pytest.mark.parametrize("chunks", [0, 3, 7, 11])
+def test_a_write_of_an_epoch_that_was_not_acknowledged_is_not_on_the_disk(
+    pair: DiskPair, chunks: int
+) -> None:
+    pair.protect()
+    pair.talk(5)
+    pair.fabric.cut_after(chunks, pair.a.power_cut)
+    pair.talk(15)
+    pair.check_answers()
+    pair.check_revival("b")
+
+
+def test_a_handover_takes_the_disk_along(pair: DiskPair) -> None:
+    pair.protect()
+    pair.talk(10)
+    pair.a.request("failover", domain="web")
+    pair.talk(10)
+    pair.check_answers()
+    pair.check_revival("b")
+    pair.check_disk(pair.sides["b"].server.target.read_bytes(), 20)
+
+
+def test_the_old_primary_is_brought_up_to_date_and_can_take_over_again(pair: DiskPair) -> None:
+    pair.protect()
+    pair.talk(10)
+    page = pair.sides["a"].server
+    await_true(lambda: page.figures().dirty < 10, "what both have is not marked any more")
+    pair.a.power_cut()
+    # It had written on: nobody saw that, and it must not survive.
+    client = pair.sides["a"].client
+    assert client is not None
+    client.write(7 * MIB, b"speculative")
+    pair.talk(5)
+    pair.sides["a"].stop()
+    pair.power_on(pair.a)
+    await_true(lambda: pair.a.status("web")["state"] == "moved", "a knows that it moved")
+    pair.b.request("start", domain="web", standby="a")
+    assert pair.b.status("web")["progress"]["disk_total"] < SIZE, "more was copied than differs"
+    pair.talk(10)
+    await_true(lambda: same(pair), "both disks are equal")
+    assert b"speculative" not in pair.sides["a"].server.target.read_bytes()
+    pair.b.power_cut()
+    pair.talk(5)
+    pair.check_answers()
+    pair.check_revival("a")
+    pair.check_disk(pair.sides["a"].server.target.read_bytes(), 30)
+
+
+def test_after_a_lost_link_only_what_changed_is_copied(folder: Path) -> None:
+    pair = DiskPair(folder, resume=False)
+    pair.sides["a"].serve(clean=0.05)
+    with pair:
+        pair.protect()
+        pair.talk(5)
+        page = pair.sides["a"].server
+        await_true(lambda: page.figures().dirty < 5, "what both have is not marked any more")
+        pair.a.request("stop", domain="web")
+        pair.talk(3)
+        pair.protect()
+        total = pair.a.status("web")["progress"]["disk_total"]
+        assert 0 < total < SIZE // 4
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+        pair.check_revival("b")
+
+
+def test_a_server_that_dies_ends_the_protection_not_the_guest(folder: Path) -> None:
+    pair = DiskPair(folder, resume=False)
+    pair.sides["a"].serve()
+    with pair:
+        pair.protect()
+        pair.talk(3)
+        side = pair.sides["a"]
+        side.machine.hypervisor.guests["web"].write_disk = lambda guest, number: None
+        side.stop()
+        await_true(lambda: "unprotected" in pair.a.events("web"), "the protection has ended")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_a_disk_that_nobody_serves_is_refused(folder: Path) -> None:
+    with DiskPair(folder) as pair:
+        with pytest.raises(Refused, match="expected a disk's server"):
+            pair.protect()
+        shutil.rmtree(pair.a.config.paths.run / "disks")
+        with pytest.raises(Refused, match="block-kemari does not serve it"):
+            pair.protect()
+
+
+def test_a_target_of_another_size_is_refused(pair: DiskPair) -> None:
+    os.truncate(pair.sides["b"].server.target, 2 * SIZE)
+    with pytest.raises(KemariError, match="has 16777216 bytes on this host, expected 8388608"):
+        pair.protect()
+    assert pair.sides["a"].server.figures().state != 1, "changes are still written down"
+
+
+def test_a_target_that_is_missing_is_refused(pair: DiskPair) -> None:
+    pair.sides["b"].server.target.unlink()
+    with pytest.raises(KemariError, match="No such file"):
+        pair.protect()
+
+
+def test_a_full_disk_on_the_standby_ends_the_protection(
+    pair: DiskPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.protect()
+    pair.talk(3)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diskbuffer.backing.Backing._write", full)
+    pair.talk(3)
+    await_true(lambda: "standby-lost" in pair.a.events("web"), "the standby is given up")
+    pair.talk(3)
+    pair.check_answers()
+    assert pair.a.daemon is not None
+    assert "No space left on device" in str(pair.a.daemon.host.journal.read("web"))
+
+
+def test_a_read_only_disk_is_compared_by_its_size_alone(folder: Path) -> None:
+    image = folder / "programs.img"
+    image.write_bytes(bytes(MIB))
+    pair = DiskPair(folder)
+    pair.a.hypervisor.destroy_domain("web")
+    disks = [Disk(51712, "xvda", TARGET, True), Disk(51728, "xvdb", os.fspath(image), False)]
+    pair.guest = pair.a.hypervisor.boot("web", disks=disks)
+    pair.sides["a"].serve()
+    with pair:
+        pair.protect()
+        pair.talk(5)
+        pair.a.power_cut()
+        pair.talk(5)
+        pair.check_answers()
+        pair.check_revival("b")
