@@ -105,7 +105,7 @@ class XenSource:
             self._callback = {HVM_PARAM_CALLBACK_IRQ: callback}
             self._encoder = StateEncoder()
             self._first_round = True
-            self._most_pages = self._held_pages()
+            self._most_pages = self._tables.pages
             self._log.enable()
             self._refresh()
             self._held = held.pop_all()
@@ -135,7 +135,6 @@ class XenSource:
 
     def _refresh(self) -> None:
         """Read again what the guest negotiated with its backends, if it changed."""
-        self._check_size()
         if self._following.changed() or self._stale:
             self._stale = True
             self._tree = self._following.tree()
@@ -162,15 +161,11 @@ class XenSource:
             self._grants.close()
             self._grants = grown
 
-    def _held_pages(self) -> int:
-        info = self._domain.info()
-        return 0 if info is None else info.pages
-
     def _check_size(self) -> None:
         """:raise UnsupportedGuest: the guest was given pages after they were mapped here"""
         # What it gave away before stays counted, since the mapping here holds it: a guest that
         # takes memory back under the same frame numbers can only have more than at the start.
-        pages = self._held_pages()
+        pages = self._tables.pages
         if pages > self._most_pages:
             raise UnsupportedGuest(
                 f"the guest's memory has grown from {self._most_pages} to {pages} pages "
@@ -310,6 +305,7 @@ class XenSource:
     ) -> MachineState:
         """Copy, before the dirty log is read, rings and what Xen itself writes."""
         events, frames = self._tables.read()
+        self._check_size()
         self._map_grants(frames)
         grants = bytes(self._grants.view)
         written = {gfn for gfn in native.active_writable(grants) if gfn < self._pages}

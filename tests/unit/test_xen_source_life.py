@@ -262,7 +262,6 @@ TRACK_CALLS = (
     "xenforeignmemory_map2",
     "xenforeignmemory_map_resource",
     "xc_hvm_param_get",
-    "xc_domain_getinfolist",
     "xc_logdirty_control",
 )
 

@@ -386,3 +386,15 @@ def test_the_host(xen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert control.list_domids() == [DOMID, 9]  # number 2 is dying
     assert control.host_khz() == 2_000_000
     assert control.free_pages() == xen.free_pages + 30
+
+
+def test_the_memory_that_the_guest_has_is_asked_for_in_the_same_multicall(xen: Any) -> None:
+    tables = Tables(DOMID, xen)
+    tables.read()
+    had = tables.pages
+    assert had == len(xen.domains[DOMID].places)
+    xen.domains[DOMID].extra_pages = 3
+    tables.read()
+    assert tables.pages == had + 3
+    assert xen.calls.count("xencall2") == 2
+    tables.close()

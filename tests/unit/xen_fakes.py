@@ -382,9 +382,16 @@ class FakeXen:
         for index in range(count):
             raw = memory_at(entries + index * _MULTICALL.size, _MULTICALL.size)
             op, _result, command, pointer, *_rest = _MULTICALL.unpack(raw)
-            result = {32: self._event_op, 20: self._grant_op}[op](command, pointer)
+            calls = {32: self._event_op, 20: self._grant_op, 12: self._memory_op}
+            result = calls[op](command, pointer)
             struct.pack_into("<q", raw, 8, result)
         return 0
+
+    def _memory_op(self, command: int, pointer: int) -> int:
+        assert command == 3
+        (domid,) = struct.unpack("<H", memory_at(pointer, 2))
+        domain = self.domains.get(domid)
+        return -errno.ESRCH if domain is None else len(domain.places) + domain.extra_pages
 
     def _event_op(self, command: int, pointer: int) -> int:
         assert command == 5
