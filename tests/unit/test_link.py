@@ -32,7 +32,7 @@ from checkpoint.link import (
     link_error,
 )
 from checkpoint.network import connect, listen
-from checkpoint.wire import FrameType, Parser, encode_frame, encode_json
+from checkpoint.wire import Frame, FrameType, Parser, encode_frame, encode_json
 from tests.unit.session_ends import PATIENCE, hello, links
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -431,6 +431,52 @@ def test_both_ends_beat_while_they_have_nothing_to_say() -> None:
             await asyncio.sleep(1)
             assert near.last_heard > heard[0] + 0.5
             assert far.last_heard > heard[1] + 0.5
+
+    run(scenario)
+
+
+def test_diverted_frames_are_handled_where_they_arrive_and_others_are_received() -> None:
+    async def scenario() -> None:
+        async with links() as (near, far):
+            taken: list[int] = []
+
+            def take(each: Frame) -> bool:
+                taken.append(each.epoch)
+                return each.epoch != 2
+
+            far.divert(take)
+            for epoch in (1, 2, 3):
+                near.put(FrameType.COMMIT, bytes(32), epoch=epoch)
+            near.push()
+            assert (await far.receive()).epoch == 2
+            # One that came while that waited is not handled before it.
+            assert (await far.receive()).epoch == 3
+            near.put(FrameType.COMMIT, bytes(32), epoch=4)
+            far.divert(None)
+            near.push()
+            assert (await far.receive()).epoch == 4
+            assert taken == [1, 2]
+
+    run(scenario)
+
+
+def test_what_a_handler_raises_is_received_and_nothing_after_it() -> None:
+    async def scenario() -> None:
+        async with links() as (near, far):
+            taken: list[int] = []
+
+            def fail(each: Frame) -> bool:
+                taken.append(each.epoch)
+                raise CheckpointError("disk full")
+
+            far.divert(fail)
+            for epoch in (1, 2):
+                near.put(FrameType.COMMIT, bytes(32), epoch=epoch)
+            near.push()
+            for _ in range(2):
+                with pytest.raises(CheckpointError, match="disk full"):
+                    await far.receive()
+            assert taken == [1]
 
     run(scenario)
 
