@@ -133,7 +133,7 @@ def python_loops(trace: traces.Trace, repetitions: int, memcpy: float) -> dict[s
         timed("framing", lambda: _frame(bodies))
         timed("parsing", lambda: _parse(framed))
         encoder, decoder, memory = _ends(trace, before)
-        timed("encoder", lambda: _encode(encoder, epochs, decoder, memory))  # noqa: B023
+        timed("code and apply", lambda: _encode(encoder, epochs, decoder, memory))  # noqa: B023
     return _speeds(took, made, size, size / memcpy)
 
 

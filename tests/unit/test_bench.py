@@ -84,3 +84,15 @@ def test_every_counted_loop_has_a_limit() -> None:
     counted = {f"{name}: {loop}" for name, loops in instructions.COUNTED.items() for loop in loops}
     for limits in json.loads(instructions.LIMITS.read_text()).values():
         assert set(limits) == counted
+
+
+@pytest.mark.parametrize("path", sorted(micro.RECORDED.glob("*.trace")), ids=lambda path: path.stem)
+def test_recorded_traces_are_small_and_arrive_by_either_delta(
+    path: Path, program: Path, tmp_path: Path
+) -> None:
+    assert path.stat().st_size < 300 << 10
+    trace = traces.load(path)
+    assert trace.changes > 100
+    plain = tmp_path / "trace"
+    plain.write_bytes(trace.plain())
+    assert subprocess.run([program, "check", plain], check=False).returncode == 0
