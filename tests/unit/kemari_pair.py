@@ -27,6 +27,7 @@ from checkpoint.network import connect
 from kemari.config import Address, Config, Paths, Tls
 from kemari.control import request
 from kemari.daemon import Daemon
+from kemari.errors import NoSuchProtection
 from kemari.memory import MemoryNetwork, Switch
 
 #: Generous: a loaded machine must not fail a test.
@@ -227,6 +228,13 @@ class Machine:
         """The status of one guest."""
         status: dict[str, Any] = self.request("status", domain=guest)[0]
         return status
+
+    def state(self, guest: str) -> str:
+        """What is said of one guest's state; "" before anything is known of it."""
+        try:
+            return str(self.status(guest)["state"])
+        except NoSuchProtection:
+            return ""
 
     def events(self, guest: str = "") -> list[str]:
         """Names of the events in the log."""

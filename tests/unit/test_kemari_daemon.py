@@ -97,7 +97,7 @@ def test_nobody_waits_for_the_removal_of_a_shell(
         assert pair.b.hypervisor.shells
         again = threading.Thread(target=pair.protect)
         again.start()
-        await_true(lambda: pair.a.status("web")["state"] == "connecting", "b was asked again")
+        await_true(lambda: pair.a.state("web") == "connecting", "b was asked again")
         pair.talk(3)
         may_go.set()
         again.join(60)
