@@ -119,10 +119,23 @@ def bridge_entry(mac: str) -> str:
     return ""
 
 
+def await_forwarding(*ports: str) -> None:
+    """Wait until a bridge carries frames from and to its ports: it drops what comes before."""
+    end = time.monotonic() + _PATIENCE
+    forwarding: set[str] = set()
+    while not set(ports) <= forwarding:
+        assert time.monotonic() < end, f"only {forwarding} forward within {_PATIENCE} s"
+        listed = subprocess.run(["bridge", "-json", "link"], check=True, capture_output=True)
+        forwarding = {
+            port["ifname"] for port in json.loads(listed.stdout) if port["state"] == "forwarding"
+        }
+
+
 @own_network
 def test_a_switch_outside_gets_every_round() -> None:
     add_link("br0", "bridge")
     add_link("port0", "veth", peer="outside0", master="br0")
+    await_forwarding("port0")
     with listener("outside0") as outside:
         before = time.monotonic()
         sent = asyncio.run(announce("br0", _MAC, addresses=["10.77.0.10", "fd00::10"]))
@@ -136,6 +149,7 @@ def test_a_switch_outside_gets_every_round() -> None:
 def test_the_first_round_waits_for_nothing() -> None:
     add_link("br0", "bridge")
     add_link("port0", "veth", peer="outside0", master="br0")
+    await_forwarding("port0")
 
     async def first_round() -> list[bytes]:
         task = asyncio.create_task(announce("br0", _MAC, schedule=(0.0, 1000.0)))
@@ -155,6 +169,7 @@ def test_the_own_bridge_learns_where_the_guest_is() -> None:
     add_link("br0", "bridge")
     add_link("port0", "veth", peer="outside0", master="br0")
     add_link("vif0", "veth", peer="guest0", master="br0")
+    await_forwarding("port0", "vif0")
     with listener("outside0") as outside, listener("guest0") as guest:
         outside.send(rarp(_RAW))  # the guest was seen outside, on its old host
         assert receive(guest, 1) == [rarp(_RAW)]
