@@ -359,8 +359,8 @@ class World:
 
     def say_alive(self, machine: Machine) -> None:
         """Have a daemon tell the other one that the guest runs there (ALIVE in the protocol)."""
-        assert machine.daemon is not None
-        assert machine.process is not None
+        if not machine.alive or machine.daemon is None or machine.process is None:
+            return
         for protection in machine.daemon.protections.values():
             for line in machine.daemon.peers.lifelines(protection._standby_id):
                 machine.process.create_task(line.alive(protection.uuid, protection.generation))

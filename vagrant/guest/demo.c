@@ -6,6 +6,14 @@
 // COUNT numbers the answers of one TCP connection from 1 (UDP: of the service), the rest are the
 // guest's clocks in nanoseconds.
 //
+// Port 7878, TCP: registers, for clients that check what they are told (registers.py).  One command
+// a line, one line of answer; words have at most 31 letters, and a register begins as "-":
+//     GET KEY                    its value
+//     PUT KEY VALUE              "ok"
+//     CAS KEY OLD NEW            "ok" if it was OLD and is NEW now, else "no"
+//     INCR KEY NUMBER            its new value; "-" counts as 0
+// Commands of all connections are carried out one after the other.
+//
 // Port 7070, TCP, one command a line, one line of answer:
 //     dirty PAGES [MIB]          write that many pages each second, in an area of MIB (16)
 //     cpu [COUNT]                that many busy loops (1)
@@ -33,16 +41,18 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ECHO_PORT = 7777, COMMAND_PORT = 7070, LINE = 1024, PENDING = 64 * 1024, PAGE = 4096 };
+enum { REGISTERS = 256, WORD = 32 };
+enum { ECHO_PORT = 7777, REGISTER_PORT = 7878, COMMAND_PORT = 7070, LINE = 1024, PENDING = 64 * 1024, PAGE = 4096 };
 
 struct connection {
     int fd;
+    bool registers;
     uint64_t count;
     size_t in_used, out_used;
     char in[LINE], out[PENDING];
 };
 
-static int poller, echo_listener, command_listener, echo_udp;
+static int poller, echo_listener, register_listener, command_listener, echo_udp;
 static atomic_uint *generation; // of the loads; shared, a load ends when it changes
 
 static void die(const char *what)
@@ -96,6 +106,49 @@ static void close_connection(struct connection *c)
     free(c);
 }
 
+static struct {
+    char key[WORD], value[WORD];
+} registers[REGISTERS];
+
+// The value of a register, which is made if it is new; NULL if there is no room.
+static char *find(const char *key)
+{
+    for (int i = 0; i < REGISTERS; i++) {
+        if (!registers[i].key[0]) {
+            strcpy(registers[i].key, key);
+            strcpy(registers[i].value, "-");
+        }
+        if (!strcmp(registers[i].key, key))
+            return registers[i].value;
+    }
+    return NULL;
+}
+
+static int carry_out(char *out, size_t room, const char *line, int length)
+{
+    char command[LINE + 1], words[4][WORD] = {{0}};
+    snprintf(command, sizeof command, "%.*s", length, line);
+    int n = sscanf(command, "%31s %31s %31s %31s", words[0], words[1], words[2], words[3]);
+    char *value = n >= 2 ? find(words[1]) : NULL;
+    if (value && n == 2 && !strcmp(words[0], "GET"))
+        return snprintf(out, room, "%s\n", value);
+    if (value && n == 3 && !strcmp(words[0], "PUT")) {
+        strcpy(value, words[2]);
+        return snprintf(out, room, "ok\n");
+    }
+    if (value && n == 4 && !strcmp(words[0], "CAS")) {
+        bool same = !strcmp(value, words[2]);
+        if (same)
+            strcpy(value, words[3]);
+        return snprintf(out, room, same ? "ok\n" : "no\n");
+    }
+    if (value && n == 3 && !strcmp(words[0], "INCR")) {
+        snprintf(value, WORD, "%lld", atoll(value) + atoll(words[2]));
+        return snprintf(out, room, "%s\n", value);
+    }
+    return snprintf(out, room, "error\n");
+}
+
 // Answer every complete line for which there is room.
 static void digest(struct connection *c)
 {
@@ -103,8 +156,10 @@ static void digest(struct connection *c)
     size_t left = c->in_used;
     while (sizeof c->out - c->out_used >= LINE + 128 && (end = memchr(begin, '\n', left))) {
         int length = end - begin;
-        c->out_used += answer(c->out + c->out_used, sizeof c->out - c->out_used, begin, length,
-                              ++c->count);
+        char *out = c->out + c->out_used;
+        size_t room = sizeof c->out - c->out_used;
+        c->out_used += c->registers ? carry_out(out, room, begin, length)
+                                    : answer(out, room, begin, length, ++c->count);
         left -= length + 1;
         begin = end + 1;
     }
@@ -158,9 +213,9 @@ static void serve_echo(struct connection *c, uint32_t events)
     watch(EPOLL_CTL_MOD, c->fd, (full ? 0 : EPOLLIN) | (c->out_used ? EPOLLOUT : 0), c);
 }
 
-static void accept_echo(void)
+static void accept_client(int listener)
 {
-    int on = 1, fd = accept4(echo_listener, NULL, NULL, SOCK_CLOEXEC);
+    int on = 1, fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     if (fd < 0)
         return;
     struct connection *c = calloc(1, sizeof *c);
@@ -169,6 +224,7 @@ static void accept_echo(void)
         return;
     }
     c->fd = fd;
+    c->registers = listener == register_listener;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     watch(EPOLL_CTL_ADD, fd, EPOLLIN, c);
 }
@@ -354,12 +410,14 @@ int main(void)
     if (generation == MAP_FAILED)
         die("mmap");
     echo_listener = open_socket(SOCK_STREAM, ECHO_PORT);
+    register_listener = open_socket(SOCK_STREAM, REGISTER_PORT);
     command_listener = open_socket(SOCK_STREAM, COMMAND_PORT);
     echo_udp = open_socket(SOCK_DGRAM, ECHO_PORT);
     poller = epoll_create1(EPOLL_CLOEXEC);
     if (poller < 0)
         die("epoll_create1");
     watch(EPOLL_CTL_ADD, echo_listener, EPOLLIN, &echo_listener);
+    watch(EPOLL_CTL_ADD, register_listener, EPOLLIN, &register_listener);
     watch(EPOLL_CTL_ADD, command_listener, EPOLLIN, &command_listener);
     watch(EPOLL_CTL_ADD, echo_udp, EPOLLIN, &echo_udp);
     printf("DEMO READY\n");
@@ -372,7 +430,9 @@ int main(void)
         for (int i = 0; i < n; i++) {
             void *what = events[i].data.ptr;
             if (what == &echo_listener)
-                accept_echo();
+                accept_client(echo_listener);
+            else if (what == &register_listener)
+                accept_client(register_listener);
             else if (what == &command_listener)
                 accept_command();
             else if (what == &echo_udp)
