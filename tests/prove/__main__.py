@@ -104,6 +104,9 @@ class Proof:
         finally:
             down = [sys.executable, "vagrant/lab", "--state", str(state), "down"]
             subprocess.run(down, cwd=root, check=False)
+        if not report.exists():
+            self._violated("lab", "the tests on real Xen did not come to their end")
+            return
         for case in ElementTree.parse(report).iter("testcase"):
             if case.find("skipped") is not None:
                 continue
