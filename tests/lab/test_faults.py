@@ -21,6 +21,9 @@ from vagrant.demolib.verdict import judge
 from vagrant.lablib.guest import NAME as GUEST
 from vagrant.lablib.lab import Lab
 
+#: For `make prove`, not for `make check`.
+pytestmark = pytest.mark.long
+
 #: Answers on each connection that show that it works.
 SOME = 50
 #: Seconds from the moment at which a fault may happen until it has.
