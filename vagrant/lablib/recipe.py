@@ -16,6 +16,8 @@ COMMON_PACKAGES = (
     "bridge-utils",
     "busybox-static",
     "ca-certificates",
+    # Not in every suite by itself; makes and checks the guest's file system.
+    "e2fsprogs",
     "iproute2",
     "iputils-arping",
     "iputils-ping",
