@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from diskbuffer.durable import sync_folder
+
 
 def write(path: Path, text: str, step: Callable[[str], None] | None = None) -> None:
     """Replace a file: a new one is written and synced, renamed, and the folder synced.
@@ -26,11 +28,7 @@ def write(path: Path, text: str, step: Callable[[str], None] | None = None) -> N
     tell("synced")
     fresh.replace(path)
     tell("renamed")
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
     tell("written")
 
 

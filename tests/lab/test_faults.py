@@ -54,10 +54,7 @@ def shared_world(lab: Lab) -> Iterator[World]:
 @pytest.fixture
 def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
     """The world as the last test has left it; new after one that failed."""
-    failed = request.session.testsfailed
-    yield shared_world
-    if request.session.testsfailed > failed:
-        shared_world.spoiled = True
+    yield from shared_world.for_test(request)
 
 
 @contextmanager
