@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 from netbuffer.errors import NetlinkError, NetlinkTimeout
@@ -50,7 +51,8 @@ _RECEIVE_BYTES = 1 << 16
 class Netlink:
     """One AF_NETLINK socket, in the network namespace that the calling thread is in.
 
-    Not for several threads at once.
+    For several threads: one request at a time, the others wait.  On one socket each of two threads
+    could take the other's answer, pass it over as one that is late, and wait for its own in vain.
 
     :param timeout: seconds that the kernel may take for one answer
     """
@@ -58,6 +60,7 @@ class Netlink:
     def __init__(self, timeout: float = 10.0) -> None:
         self._timeout = timeout
         self._sequence = 0
+        self._one_request = threading.Lock()
         self._buffer = bytearray(_RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._socket = socket.socket(
@@ -84,17 +87,18 @@ class Netlink:
         :raise NetlinkError: the kernel refused
         :raise NetlinkTimeout: no answer in time
         """
-        sequence = self._send(message)
-        size = self._receive(purpose)
-        if size == _DONE.size:
-            # What comes unless something is wrong: one message, error 0.
-            _length, kind, _flags, answered, _port, error = _DONE.unpack_from(self._buffer)
-            if kind == NLMSG_ERROR and answered == sequence and error == 0:
-                return
-        for kind, flags, start, end in self._answers(sequence, purpose, size):
-            if kind == NLMSG_ERROR:
-                self._raise_error(flags, start, end, purpose)
-                return
+        with self._one_request:
+            sequence = self._send(message)
+            size = self._receive(purpose)
+            if size == _DONE.size:
+                # What comes unless something is wrong: one message, error 0.
+                _length, kind, _flags, answered, _port, error = _DONE.unpack_from(self._buffer)
+                if kind == NLMSG_ERROR and answered == sequence and error == 0:
+                    return
+            for kind, flags, start, end in self._answers(sequence, purpose, size):
+                if kind == NLMSG_ERROR:
+                    self._raise_error(flags, start, end, purpose)
+                    return
 
     def get(self, message: bytearray, purpose: str) -> bytes:
         """Send a message that is answered by one object, without NLM_F_ACK.
@@ -103,12 +107,13 @@ class Netlink:
         :raise NetlinkError: the kernel refused
         :raise NetlinkTimeout: no answer in time
         """
-        sequence = self._send(message)
-        for kind, flags, start, end in self._answers(sequence, purpose):
-            if kind == NLMSG_ERROR:
-                self._raise_error(flags, start, end, purpose)
-                continue
-            return bytes(self._view[start:end])
+        with self._one_request:
+            sequence = self._send(message)
+            for kind, flags, start, end in self._answers(sequence, purpose):
+                if kind == NLMSG_ERROR:
+                    self._raise_error(flags, start, end, purpose)
+                    continue
+                return bytes(self._view[start:end])
         raise AssertionError("unreachable: answers end by an error")
 
     def dump(self, message: bytearray, purpose: str) -> list[bytes]:
@@ -119,14 +124,15 @@ class Netlink:
         :raise NetlinkTimeout: no answer in time
         """
         found: list[bytes] = []
-        sequence = self._send(message)
-        for kind, flags, start, end in self._answers(sequence, purpose):
-            if kind == NLMSG_DONE:
-                break
-            if kind == NLMSG_ERROR:
-                self._raise_error(flags, start, end, purpose)
-                break
-            found.append(bytes(self._view[start:end]))
+        with self._one_request:
+            sequence = self._send(message)
+            for kind, flags, start, end in self._answers(sequence, purpose):
+                if kind == NLMSG_DONE:
+                    break
+                if kind == NLMSG_ERROR:
+                    self._raise_error(flags, start, end, purpose)
+                    break
+                found.append(bytes(self._view[start:end]))
         return found
 
     def _send(self, message: bytearray) -> int:

@@ -68,8 +68,9 @@ class Stats:
 class OutputBuffer:
     """The output of one vif.
 
-    Not for several threads at once.  All calls may be made from an event loop's thread: none
-    waits for anything but the kernel.
+    Not for several threads at once, but for :meth:`stats`, which one thread may ask while another
+    closes or releases an epoch.  All calls may be made from an event loop's thread: none waits for
+    anything but the kernel.
 
     :param vif: network device whose received frames are held, e.g. ``vif3.0``
     :param limit_bytes: length of frames that may be held; what exceeds it is dropped by the

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import errno
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from netbuffer import messages
 from netbuffer.errors import NetlinkError, NetlinkTimeout
 from netbuffer.netlink import Netlink, attributes, text
+
+#: Of each thread: enough for two threads to come between one another many times.
+REQUESTS = 2000
 
 
 def test_the_loopback_device_is_found_by_name() -> None:
@@ -67,6 +71,27 @@ def test_a_late_answer_is_not_taken_for_the_next_one() -> None:
     link = messages.read_link(netlink.get(messages.link_get("lo"), "find lo"))
     netlink.close()
     assert link.name == "lo"
+
+
+def test_each_of_two_threads_gets_its_own_answers() -> None:
+    netlink = Netlink(timeout=5)
+
+    def ask_of_lo() -> set[str]:
+        return {
+            messages.read_link(netlink.get(messages.link_get("lo"), "find lo")).name
+            for _ in range(REQUESTS)
+        }
+
+    def ask_of_nothing() -> None:
+        for _ in range(REQUESTS):
+            with pytest.raises(NetlinkError):
+                netlink.request(messages.link_get("nothing0"), "find nothing0")
+
+    with ThreadPoolExecutor(2) as threads:
+        found, refused = threads.submit(ask_of_lo), threads.submit(ask_of_nothing)
+        assert found.result() == {"lo"}
+        refused.result()
+    netlink.close()
 
 
 def test_attributes_that_do_not_fit_end_the_list() -> None:
