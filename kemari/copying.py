@@ -7,7 +7,7 @@ import asyncio
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from checkpoint.codec import Coded, Encoder
@@ -24,36 +24,62 @@ FEW_PAGES: Final = 256
 CHUNK: Final = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class DiskCopy:
+    """How far the copying of one disk is.
+
+    :ivar total: bytes that the standby lacked or lacks, in whole chunks
+    :ivar left: of these, bytes that are still to be copied
+    """
+
+    vdev: str
+    total: int
+    left: int
+
+
 @dataclass(slots=True)
 class Progress:
-    """How far the base copy is.
+    """How far the base copy is: what differs on the disks first, then rounds over the memory.
 
-    :ivar round: 1 for the first, in which every page is sent
+    :ivar disks: those that are copied
+    :ivar round: 0 while the disks are copied, 1 for the first round, in which every page is sent
     :ivar done: pages of this round that were sent
     :ivar total: pages of this round, as far as known
     :ivar wire_bytes: bytes of pages sent so far, all rounds
-    :ivar disk_total: bytes of the disks that the standby lacked or lacks
-    :ivar disk_left: of these, bytes that are still to be copied
+    :ivar seconds: since :meth:`begin`
     """
 
+    disks: list[DiskCopy] = field(default_factory=list)
     round: int = 0
     done: int = 0
     total: int = 0
     wire_bytes: int = 0
     seconds: float = 0.0
-    disk_total: int = 0
-    disk_left: int = 0
+    _began: float | None = None
+
+    def begin(self) -> None:
+        """The copy begins now."""
+        self._began = time.monotonic()
+
+    def passed(self) -> None:
+        """Bring :attr:`seconds` up to date."""
+        if self._began is not None:
+            self.seconds = time.monotonic() - self._began
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything is being copied yet."""
+        return self._began is not None
 
     def as_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
         return {
+            "disks": [asdict(disk) for disk in self.disks],
             "round": self.round,
             "done": self.done,
             "total": self.total,
             "wire_bytes": self.wire_bytes,
             "seconds": round(self.seconds, 1),
-            "disk_total": self.disk_total,
-            "disk_left": self.disk_left,
         }
 
 
@@ -74,7 +100,6 @@ async def base_copy(
     :raise CheckpointError: the link broke, or the guest is gone
     """
     staging = Staging(CHUNK)
-    started = time.monotonic()
     for progress.round in range(1, MAX_ROUNDS + 1):
         progress.done = 0
         progress.total = source.description.pages if progress.round == 1 else 0
@@ -90,7 +115,7 @@ async def base_copy(
                 reach("base-sent")
                 progress.done += pages
                 progress.total = max(progress.total, progress.done)
-                progress.seconds = time.monotonic() - started
+                progress.passed()
                 report()
         finally:
             # The thread must be out of the source before anybody else uses it.

@@ -25,7 +25,7 @@ from checkpoint.sender import Sender
 from checkpoint.wire import Fields
 from diskbuffer.disk import DiskBuffer
 from diskbuffer.errors import DiskError, ServerError
-from kemari.copying import Progress
+from kemari.copying import DiskCopy, Progress
 from kemari.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -187,12 +187,11 @@ class SourceDisks:
             for stream in self._streams:
                 await stream.buffer.sync(rate)
             while True:
-                states = [stream.buffer.progress() for stream in self._streams]
-                progress.disk_total = sum(state.total for state in states)
-                progress.disk_left = sum(state.left for state in states)
+                progress.disks = [_copied(stream) for stream in self._streams]
                 await self._send_all(sender)
+                progress.passed()
                 report()
-                if progress.disk_left == 0:
+                if not any(disk.left for disk in progress.disks):
                     break
                 await asyncio.sleep(PUMP)
         self._pump = asyncio.create_task(self._pump_on(sender))
@@ -321,6 +320,11 @@ class SourceDisks:
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in self._streams:
             await stream.buffer.teardown()
+
+
+def _copied(stream: _Stream) -> DiskCopy:
+    state = stream.buffer.progress()
+    return DiskCopy(stream.disk.vdev, state.total, state.left)
 
 
 @contextlib.contextmanager

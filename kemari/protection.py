@@ -176,7 +176,7 @@ class Protection:
     def state(self) -> str:
         """One word for ``kemari list``."""
         if self.machine.state is PrimaryState.COPYING:
-            return "copying" if self.progress.round else "connecting"
+            return "copying" if self.progress.begun else "connecting"
         if self.machine.state is PrimaryState.PROTECTED and not self.protected.is_set():
             return "copying"
         return self.machine.state.name.lower().replace("_", "-")
@@ -243,6 +243,7 @@ class Protection:
     ) -> None:
         self.why = "first copy under way"
         await in_thread(source.track)
+        self.progress.begin()
         told = functools.partial(report, self.progress)
         await self._disks.copy(sender, self._host.config.disk_rate, self.progress, told)
         await base_copy(source, encoder, sender, self.progress, told, self._disks.end_base)

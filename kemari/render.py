@@ -37,7 +37,7 @@ def _status(status: Status) -> str:
     if "epoch" in status:
         lines.append(f"  epoch       {status['epoch']}")
     if status["state"] in ("copying", "connecting") and "progress" in status:
-        lines.append(f"  first copy  {progress_line(status['progress'])}")
+        lines += _first_copy(status["progress"])
     figures = status.get("statistics")
     if figures and figures.get("checkpoints"):
         lines += _figures(figures)
@@ -81,20 +81,63 @@ def protected(status: Status) -> str:
     if not status["protected"]:
         return f"{status['guest']} is {status['state']}"
     copied = status["progress"]
+    what = _size(copied["wire_bytes"])
+    disks = sum(disk["total"] for disk in copied["disks"])
+    if disks:
+        what += f" of memory, {_size(disks)} of disks"
     return (
         f"{status['guest']} is protected to {status['peer']} "
-        f"(first copy {_size(copied['wire_bytes'])} in {copied['seconds']:.1f} s)"
+        f"(first copy {what} in {copied['seconds']:.1f} s)"
     )
 
 
 def progress_line(figures: dict[str, Any]) -> str:
-    """How far the first copy is."""
-    total = max(1, figures["total"])
-    share = min(100, 100 * figures["done"] // total)
-    return (
-        f"round {figures['round']}: {share:3d} % of {figures['total']} pages, "
-        f"{_size(figures['wire_bytes'])} sent, {figures['seconds']:.0f} s"
-    )
+    """How far the first copy is: the disks, then the rounds over the memory."""
+    return ", ".join([*_disks_in_short(figures["disks"], figures["round"]), *_memory(figures)])
+
+
+def _first_copy(figures: dict[str, Any]) -> list[str]:
+    """The same for ``kemari status``, with a line for each disk."""
+    parts = [*(_disk(copy) for copy in figures["disks"]), ", ".join(_memory(figures))]
+    heads = ["  first copy  ", *[" " * 14] * (len(parts) - 1)]
+    return [head + part for head, part in zip(heads, parts, strict=True)]
+
+
+def _memory(figures: dict[str, Any]) -> list[str]:
+    seconds = f"{figures['seconds']:.0f} s"
+    if figures["round"] == 0:
+        return [seconds]
+    share = _share(figures["done"], figures["total"])
+    return [
+        f"round {figures['round']}: {share} of {figures['total']} pages",
+        f"{_size(figures['wire_bytes'])} sent",
+        seconds,
+    ]
+
+
+def _disks_in_short(copies: Sequence[dict[str, Any]], memory_round: int) -> list[str]:
+    """The first disk that is not whole yet, and how many more there are."""
+    if memory_round:
+        return []
+    left = [copy for copy in copies if copy["left"]] or list(copies[-1:])
+    if not left:
+        return ["begins"]
+    more = [f"{len(left) - 1} more to copy"] if left[1:] else []
+    return [_disk(left[0]), *more]
+
+
+def _disk(copy: dict[str, Any]) -> str:
+    total = copy["total"]
+    done = total - copy["left"]
+    return f"disk {copy['vdev']}: {_share(done, total)}, {_mib(done)} of {_mib(total)} MiB"
+
+
+def _share(done: int, total: int) -> str:
+    return f"{min(100, 100 * done // total) if total else 100:3d} %"
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.0f}"
 
 
 def event(entry: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ import pytest
 from checkpoint.driver import Disk
 from checkpoint.memory import MemoryGuest
 from diskbuffer import metadata
+from kemari.control import request
 from kemari.errors import KemariError, Refused
 from tests.unit.disk_client import NbdClient
 from tests.unit.disk_server import DiskServer
@@ -161,9 +162,22 @@ def same(pair: DiskPair) -> bool:
     return one == other
 
 
+def test_the_first_copy_of_a_disk_can_be_watched(pair: DiskPair) -> None:
+    told: list[dict[str, Any]] = []
+    socket = pair.a.config.paths.socket
+    request(socket, "start", {"domain": "web", "standby": "b"}, told.append)
+    of_disks = [figures["disks"][0] for figures in told if figures["round"] == 0]
+    assert all(disk["vdev"] == "xvda" and disk["total"] == SIZE for disk in of_disks)
+    left = [disk["left"] for disk in of_disks]
+    assert left == sorted(left, reverse=True)
+    assert (left[0] > 0, left[-1]) == (True, 0)
+    assert told[-1]["round"] > 0
+
+
 def test_after_a_power_cut_the_disk_is_that_of_the_epoch_that_runs(pair: DiskPair) -> None:
     pair.protect()
-    assert pair.a.status("web")["progress"]["disk_left"] == 0
+    (copied,) = pair.a.status("web")["progress"]["disks"]
+    assert copied == {"vdev": "xvda", "total": SIZE, "left": 0}
     assert "disk" in pair.a.events("web"), "that everything is copied is said"
     pair.talk(30)
     pair.a.power_cut()
@@ -212,7 +226,8 @@ def test_the_old_primary_is_brought_up_to_date_and_can_take_over_again(pair: Dis
     pair.power_on(pair.a)
     await_true(lambda: pair.a.status("web")["state"] == "moved", "a knows that it moved")
     pair.b.request("start", domain="web", standby="a")
-    assert pair.b.status("web")["progress"]["disk_total"] < SIZE, "more was copied than differs"
+    (copied,) = pair.b.status("web")["progress"]["disks"]
+    assert copied["total"] < SIZE, "more was copied than differs"
     pair.talk(10)
     await_true(lambda: same(pair), "both disks are equal")
     assert b"speculative" not in pair.sides["a"].server.target.read_bytes()
@@ -234,8 +249,8 @@ def test_after_a_lost_link_only_what_changed_is_copied(folder: Path) -> None:
         pair.a.request("stop", domain="web")
         pair.talk(3)
         pair.protect()
-        total = pair.a.status("web")["progress"]["disk_total"]
-        assert 0 < total < SIZE // 4
+        (copied,) = pair.a.status("web")["progress"]["disks"]
+        assert 0 < copied["total"] < SIZE // 4
         pair.talk(3)
         pair.a.power_cut()
         pair.talk(3)
