@@ -409,7 +409,8 @@ class Link(asyncio.BufferedProtocol):
         self._transport = transport
         transport.set_write_buffer_limits(high=1 << 20)
         address = transport.get_extra_info("peername")
-        self.peer_address = format_address(address[:2])
+        # A connection that was reset before it was accepted has none; its end is told next.
+        self.peer_address = format_address(address[:2]) if address else "a peer that left at once"
         self._heard = time.monotonic()
         set_socket_options(transport.get_extra_info("socket"), self._options.user_timeout)
 

@@ -109,6 +109,14 @@ def clients(world: World) -> Iterator[None]:
             assert judgement.linearizable, judgement.sentences()
 
 
+def freshly_protected(world: World, pair: Pair) -> None:
+    """The guest, which was not, is protected, and the events tell of it: what comes is later."""
+    told = world.events(pair.primary)
+    mark = told.seen
+    assert world.protected() == pair
+    told.wait("protected", since=mark)
+
+
 def well_again(world: World, before: Pair) -> None:
     """The guest is protected, on one host only."""
     pair = world.protected()
@@ -124,7 +132,7 @@ def test_a_fault_under_talking_clients(
     pair = world.unprotected()
     host = getattr(pair, side)
     with armed(world, host, fault):
-        assert world.protected() == pair
+        freshly_protected(world, pair)
         told = world.events(getattr(pair, where))
         mark = told.seen
         with clients(world):
@@ -138,7 +146,7 @@ def test_a_standby_that_dies_while_the_guest_is_handed_over(world: World, point:
     """The claim is undone at its restart, and the guest goes on where it was."""
     pair = world.unprotected()
     with armed(world, pair.standby, f"{point}:kill"):
-        assert world.protected() == pair
+        freshly_protected(world, pair)
         told = world.events(pair.primary)
         with clients(world):
             mark = told.seen

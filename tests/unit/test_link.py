@@ -123,6 +123,32 @@ def test_both_ends_know_each_other() -> None:
     run(scenario)
 
 
+def test_a_peer_that_reset_its_connection_before_it_was_accepted_is_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of a daemon that was killed while it connected: no address, no error of ours."""
+
+    async def scenario() -> None:
+        greeted: list[Link] = []
+
+        async def accepted(link: Link) -> None:
+            greeted.append(link)
+
+        listener = await listen([("127.0.0.1", 0)], hello("b"), accepted)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.connect(("127.0.0.1", listener.ports[0]))
+        near = await connect("127.0.0.1", listener.ports[0], hello("a", "liveness"))
+        while not greeted:
+            await asyncio.sleep(0)
+        assert len(greeted) == 1
+        await near.close()
+        await listener.close()
+
+    run(scenario)
+    assert "Exception in callback" not in caplog.text
+
+
 def test_no_common_version_is_refused_with_the_versions_there_are() -> None:
     async def scenario() -> None:
         async with raw_client() as (streams, greeted):
