@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
+
+import pytest
 
 from checkpoint.codec import Encoder
 from checkpoint.driver import PAGE_SIZE, Description, Disk, Nic, Staging
@@ -245,3 +247,19 @@ async def pair(heartbeat: float = 10.0) -> AsyncIterator[Pair]:
         finally:
             await ends.sender.close()
             await task
+
+
+def run(scenario: Callable[[Pair, Guest], Awaitable[None]]) -> None:
+    """Play a scenario with both ends and a guest."""
+
+    async def body() -> None:
+        async with pair() as ends:
+            await scenario(ends, Guest())
+
+    asyncio.run(body(), debug=True)
+
+
+def set_waits(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """Whether epochs are handled in a task, or in the callback that receives them."""
+    monkeypatch.setattr(Guest, "waits", waits)
+    monkeypatch.setattr(RecordingStandby, "waits", waits)

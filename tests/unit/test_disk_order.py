@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.disk_pair import MIB, joined, run, until
 from tests.unit.disk_server import DiskServer
-from tests.unit.test_disk_server import MIB, joined, run, until
 
 SIZE = 4 * MIB
 SOURCE = Path(__file__).with_name("disk_order.c")

@@ -5,17 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
 import socket
-import ssl
 import struct
-import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,76 +25,18 @@ from checkpoint.link import (
     link_error,
 )
 from checkpoint.network import connect, listen
-from checkpoint.wire import Frame, FrameType, Parser, encode_frame, encode_json
-from tests.unit.session_ends import PATIENCE, hello, links
-
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    async def body() -> None:
-        async with asyncio.timeout(PATIENCE):
-            await scenario()
-
-    asyncio.run(body(), debug=True)
-
-
-def frame(frame_type: FrameType, value: dict[str, Any] | None = None, epoch: int = 0) -> bytes:
-    payload = b"" if value is None else encode_json(value)
-    return b"".join(encode_frame(frame_type, payload, epoch=epoch)[0])
-
-
-HELLO = hello("raw").pack() | {"versions": [1]}
-HELLO_ACK = hello("raw").pack() | {"version": 1}
-
-
-@asynccontextmanager
-async def raw_server(talk: Callable[[Streams], Awaitable[None]]) -> AsyncIterator[int]:
-    """A server that speaks as ``talk`` does; its port."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await talk((reader, writer))
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-
-
-@asynccontextmanager
-async def raw_client() -> AsyncIterator[tuple[Streams, asyncio.Future[Link]]]:
-    """A plain connection to a listener; the link, once it was greeted."""
-    greeted: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
-
-    async def accepted(link: Link) -> None:
-        greeted.set_result(link)
-        await link.wait_closed()
-
-    options = LinkOptions(connect_timeout=1.0)
-    listener = await listen([("127.0.0.1", 0)], hello("b"), accepted, options)
-    reader, writer = await asyncio.open_connection("127.0.0.1", listener.ports[0])
-    try:
-        yield (reader, writer), greeted
-    finally:
-        writer.close()
-        await listener.close()
-
-
-async def answer(streams: Streams) -> dict[str, Any]:
-    """The next frame of the other end other than a heartbeat, as JSON with its type."""
-    reader, _ = streams
-    parser = Parser()
-    while True:
-        data = await reader.read(1)
-        if not data:
-            return {"type": "end"}
-        for found in parser.feed(data):
-            if found.type is not FrameType.HEARTBEAT:
-                return {"type": found.type.name, **json.loads(bytes(found.payload))}
+from checkpoint.wire import Frame, FrameType, encode_json
+from tests.unit.link_ends import (
+    HELLO,
+    HELLO_ACK,
+    Streams,
+    answer,
+    frame,
+    raw_client,
+    raw_server,
+    run,
+)
+from tests.unit.session_ends import hello, links
 
 
 def stand_still(seconds: float) -> None:
@@ -562,58 +497,7 @@ def test_reading_stops_when_nobody_takes_the_frames_and_that_is_no_silence() -> 
     run(scenario)
 
 
-# ---- TLS ----
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    names = ["-subj", "/CN=kemari-test", "-addext", "subjectAltName=DNS:kemari-test"]
-    subprocess.run(
-        [*command.split(), *names, "-keyout", str(key), "-out", str(cert)],
-        check=True,
-        capture_output=True,
-    )
-    return key, cert
-
-
-def contexts(certificate: tuple[Path, Path]) -> tuple[LinkOptions, LinkOptions]:
-    """Options for a client and a server that require each other's certificate."""
-    key, cert = certificate
-    client = ssl.create_default_context(cafile=str(cert))
-    client.load_cert_chain(cert, key)
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(cert))
-    server.load_cert_chain(cert, key)
-    server.verify_mode = ssl.CERT_REQUIRED
-    return LinkOptions(ssl=client, server_hostname="kemari-test"), LinkOptions(ssl=server)
-
-
-def test_frames_travel_within_tls(certificate: tuple[Path, Path]) -> None:
-    async def scenario() -> None:
-        options, server_options = contexts(certificate)
-        async with links(options=options, server_options=server_options) as (near, far):
-            for size in (10, 1 << 20):
-                near.put(FrameType.PAGES, bytes(size), epoch=1)
-                await near.flush()
-                assert len((await far.receive()).payload) == size
-            await far.close()
-            assert isinstance(await near.wait_closed(), PeerClosed)
-
-    run(scenario)
-
-
-def test_a_certificate_for_another_name_is_refused(certificate: tuple[Path, Path]) -> None:
-    async def scenario() -> None:
-        options, server_options = contexts(certificate)
-        other = LinkOptions(ssl=options.ssl, server_hostname="somebody-else")
-        with pytest.raises(LinkError, match="certificate"):
-            async with links(options=other, server_options=server_options):
-                pass
-
-    run(scenario)
+# ---- Addresses ----
 
 
 def test_addresses_are_written_so_that_they_can_be_read_back() -> None:

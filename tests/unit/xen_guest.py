@@ -19,7 +19,8 @@ from checkpoint.xen.source import XenSource
 from checkpoint.xen.state import MachineState
 from tests.unit.guest_fifo import WORDS
 from tests.unit.guest_kernel import DIRECT, Options, build
-from tests.unit.xen_fakes import FakeDomain, FakeStore, FakeXen, save_file
+from tests.unit.xen_fake_store import FakeStore
+from tests.unit.xen_fakes import FakeDomain, FakeXen, save_file
 
 DOMID = 3
 STORE_GFN, CONSOLE_GFN = 0xFEFFC, 0xFEFFF

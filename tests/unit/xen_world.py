@@ -18,7 +18,8 @@ from checkpoint.xen.host import XenHost
 from checkpoint.xen.shell import XenShell
 from tests.unit.test_xen_pure import CPU_MEMBERS
 from tests.unit.test_xen_stream import Parsed, parse
-from tests.unit.xen_fakes import FakeStore, FakeXen, save_file
+from tests.unit.xen_fake_store import FakeStore
+from tests.unit.xen_fakes import FakeXen, save_file
 from tests.unit.xen_guest import CONSOLE_GFN, DOMID, STORE_GFN, VIF, Rig
 from tests.unit.xen_machine import VMCALL, VMMCALL, Hypervisor, run, toolstack_ports
 from tests.unit.xen_store_ring import RingEnd
