@@ -134,7 +134,7 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
                 '        age_ns = int.from_bytes(frame.payload[24:32], "little")\n',
             ),
         ),
-        ("tests/unit/test_session.py",),
+        ("tests/unit/test_session_breaches.py",),
     ),
     Mutant(
         "ack-after-the-end",
