@@ -3,8 +3,8 @@
 
 Run as a program of its own, with nothing but the standard library, at the client's place in the
 lab's network.  Each connection asks one thing after the other, chosen at random: ``GET``, ``PUT``,
-``CAS`` and ``INCR`` of a few keys that all of them share (``vagrant/guest/demo.c``).  A connection
-is never opened again.
+``CAS`` and ``INCR`` of a few keys that all of them share (``vagrant/guest/demo.c``) and that no
+earlier run has used.  A connection is never opened again.
 
 It prints one JSON object a line: ``connected``; for each answer ``done`` with connection, command,
 times (this machine's CLOCK_MONOTONIC, seconds) and answer; at the end, which SIGTERM asks for,
@@ -33,14 +33,16 @@ COUNTERS: Final = 2
 class Client:
     """One connection.
 
+    :param run: what the names of this run's keys begin with
     :ivar waiting: the command that is not answered yet, and when it was sent
     :ivar broken: why the connection ended, or ""
     """
 
-    def __init__(self, index: int, pause: float, seed: int) -> None:
+    def __init__(self, index: int, run: str, pause: float, seed: int) -> None:
         self.index = index
         self.waiting: tuple[list[str], float] | None = None
         self.broken = ""
+        self._run = run
         self._pause = pause
         self._chance = random.Random(seed * 1000 + index)
         self._number = 0
@@ -63,7 +65,7 @@ class Client:
         chance = self._chance
         self._number += 1
         fresh = f"{self.index}.{self._number}"
-        key = f"r{chance.randrange(REGISTERS)}"
+        key = f"{self._run}r{chance.randrange(REGISTERS)}"
         match chance.randrange(5):
             case 0 | 1:
                 return ["GET", key]
@@ -71,7 +73,7 @@ class Client:
                 return ["PUT", key, fresh]
             case 3:
                 return ["CAS", key, self._known.get(key, "-"), fresh]
-        return ["INCR", f"n{chance.randrange(COUNTERS)}", str(chance.randint(1, 9))]
+        return ["INCR", f"{self._run}n{chance.randrange(COUNTERS)}", str(chance.randint(1, 9))]
 
     async def _ask(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, command: list[str]
@@ -101,8 +103,10 @@ async def talk(options: argparse.Namespace) -> None:
     """Run the clients."""
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    run = f"{time.time_ns():x}."
     clients = [
-        Client(index, options.pause / 1000, options.seed) for index in range(options.connections)
+        Client(index, run, options.pause / 1000, options.seed)
+        for index in range(options.connections)
     ]
     tasks = [
         asyncio.create_task(client.run(options.host, options.port, ending)) for client in clients
