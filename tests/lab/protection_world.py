@@ -163,6 +163,13 @@ class World:
         # Its event log still has what was before; the hosts' clocks are set from this machine's.
         began = time.time() - 5
         self.lab.boot(host)
+        self.awake(host, began)
+
+    def awake(self, host: str, began: float) -> None:
+        """Wait until the daemon of a host, started after ``began``, knows whose the guest is.
+
+        :param began: by ``time.time()``, which the hosts' clocks are set from
+        """
         events = self.events(host)
         events.wait_for("daemon", lambda e: e["event"] == "daemon" and e["time"] > began)
         found = self.status(host)

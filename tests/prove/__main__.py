@@ -98,7 +98,8 @@ class Proof:
         report.parent.mkdir(exist_ok=True)
         report.unlink(missing_ok=True)
         state = root / "out" / "lab-prove"
-        words = [f"--junitxml={report}", f"--lab-state={state}", "tests/lab/test_faults.py"]
+        tests = ["tests/lab/test_faults.py", "tests/lab/test_fault_points.py"]
+        words = [f"--junitxml={report}", f"--lab-state={state}", *tests]
         try:
             subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=root, check=False)
         finally:

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Daemons of the lab that fail at chosen points, and clients that must not notice."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kemari.faultpoints import MARKER, VARIABLE
+from tests.lab.protection_world import Pair, World
+from tests.prove.histories import judge as judge_history
+from vagrant.demolib.program import Program
+from vagrant.demolib.verdict import judge
+
+#: Answers on each connection that show that it works.
+SOME = 50
+#: Seconds from the moment at which a fault may happen until it has.
+PATIENCE = 120
+#: A shell script, read by the supervisor's before it starts kemarid.
+ENVIRONMENT = "/etc/kemari/environment"
+#: The faults to come, a line each.
+QUEUE = "/etc/kemari/faults"
+LOG = "/var/log/kemari/kemarid.log"
+#: What the daemon says when a fault happens.
+HAPPENS = "WARNING fault point"
+
+
+class Faults:
+    """The faults of one host's daemon, one after the other, each in a daemon started anew."""
+
+    def __init__(self, world: World, host: str, faults: tuple[str, ...]) -> None:
+        self._world = world
+        self._host = host
+        self._faults = list(faults)
+        self._happened = int(self._ssh(f"grep -c '{HAPPENS}' {LOG} || true"))
+
+    def arm(self) -> None:
+        """Start the daemon anew, with the first fault; each restart takes the next."""
+        events = self._world.events(self._host)
+        mark = events.seen
+        script = f"{VARIABLE}=$(head -n 1 {QUEUE})\nsed -i 1d {QUEUE}\n"
+        self._ssh(
+            f"touch {MARKER}; chmod 644 {MARKER};"
+            f" printf '%s\\n' {shlex.join(self._faults)} >{QUEUE};"
+            f" printf %s {shlex.quote(script)} >{ENVIRONMENT}"
+        )
+        # One that is ended in good order is not started again at once.
+        self._world.kill_daemon(self._host)
+        events.wait("daemon", since=mark)
+
+    def wait(self) -> None:
+        """Wait until the next fault has happened."""
+        fault = self._faults.pop(0)
+        self._happened += 1
+        done = self._ssh(
+            f"for second in $(seq {PATIENCE}); do"
+            f" [ $(grep -c '{HAPPENS}' {LOG}) -ge {self._happened} ] && break; sleep 1; done;"
+            f" grep '{HAPPENS}' {LOG} | tail -n +{self._happened} | head -n 1"
+        )
+        point, action, *_ = fault.split(":")
+        assert f"{HAPPENS} {point}: {action}" in done, f"{fault} did not happen on {self._host}"
+
+    def disarm(self) -> None:
+        """No faults from the next start on."""
+        self._ssh(f"rm -f {MARKER} {ENVIRONMENT} {QUEUE}")
+
+    def _ssh(self, command: str) -> str:
+        return self._world.lab.ssh(self._host, command, timeout=2 * PATIENCE).stdout
+
+
+@contextmanager
+def armed(world: World, host: str, *faults: str) -> Iterator[Faults]:
+    """A kemarid on ``host``, started anew, to which these will happen: values of KEMARI_FAULT."""
+    chain = Faults(world, host, faults)
+    chain.arm()
+    try:
+        yield chain
+    finally:
+        chain.disarm()
+
+
+@contextmanager
+def clients(world: World) -> Iterator[None]:
+    """Clients that talk meanwhile, and must not have noticed anything but silence."""
+    errors = world.lab.state / "out" / "registers.err"
+    with (
+        world.talk("faults") as talk,
+        Program(world.lab, "registers' client", ["vagrant.demolib.registers"], errors) as registers,
+    ):
+        talk.wait_answers(SOME)
+        yield
+        talk.wait_answers(SOME)
+        registers.finish()
+        verdict = judge(talk.stop(), [])
+        print(verdict)
+        assert verdict.failures == ()
+        done = registers.events("done")
+        (end,) = registers.events("end")
+        assert end["broken"] == {}
+        assert len(done) > SOME
+        for judgement in judge_history([*done, end]):
+            print(judgement)
+            assert judgement.linearizable, judgement.sentences()
+
+
+def freshly_protected(world: World, pair: Pair) -> None:
+    """The guest, which was not, is protected, and the events tell of it: what comes is later."""
+    told = world.events(pair.primary)
+    mark = told.seen
+    assert world.protected() == pair
+    told.wait("protected", since=mark)
+
+
+def well_again(world: World, before: Pair) -> None:
+    """The guest is protected, on one host only."""
+    pair = world.protected()
+    if pair != before:
+        world.moves += 1
+    world.only_on(pair.primary)
