@@ -5,6 +5,7 @@
 # make bench-micro   speed of the page loops on this machine: docs/performance.md
 # make fuzz     the page loops under the sanitizers, on random and damaged batches, a few minutes
 # make prove    every fault at every point, random schedules, broken rules: docs/proof.md; LAB=0: no Xen
+# make soak     50 power cuts in a row under load on network, memory and disk: docs/proof.md
 # make docs     whether what the documents refer to is there
 # make lab-up   the lab alone, for trying things out; `vagrant/lab --help` has the rest
 # make lab-down
@@ -20,10 +21,11 @@ CHECK ?=
 LAB ?=
 BENCH ?=
 PROVE ?=
+SOAK ?=
 FUZZ_ROUNDS ?= 200000
 FUZZ_SEED ?= 1
 
-.PHONY: demo check lint prove docs bench-micro fuzz lab-up lab-down packages clean
+.PHONY: demo check lint prove soak docs bench-micro fuzz lab-up lab-down packages clean
 .DEFAULT_GOAL := check
 
 packages:
@@ -56,6 +58,9 @@ fuzz: $(STAMP)
 
 prove: $(STAMP)
 	@$(RUN) -m tests.prove $(if $(filter 0,$(LAB)),,--lab) $(PROVE)
+
+soak: $(STAMP)
+	@$(RUN) vagrant/soak $(SOAK)
 
 docs: $(STAMP)
 	@$(RUN) .ci/check.py docs

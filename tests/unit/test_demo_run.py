@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.unit.demo_service import Service
-from vagrant.demolib import demo
+from vagrant.demolib import demo, stage
 from vagrant.demolib.hosts import Reply
 from vagrant.demolib.report import KEYS
 from vagrant.lablib.errors import LabError
@@ -124,10 +124,11 @@ def pretence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Preten
         pretence.hosts[name].is_running = True
 
     monkeypatch.setattr(demo, "Lab", lambda _state: pretence)
-    monkeypatch.setattr(demo, "Events", NoEvents)
-    monkeypatch.setattr(demo, "kemari", kemari)
+    monkeypatch.setattr(stage, "Events", NoEvents)
+    for module in (demo, stage):
+        monkeypatch.setattr(module, "kemari", kemari)
     monkeypatch.setattr(demo, "bring_back", back)
-    monkeypatch.setattr(demo, "domains", lambda _lab, name: pretence.domains(name))
+    monkeypatch.setattr(stage, "domains", lambda _lab, name: pretence.domains(name))
     for name, value in (("UNPROTECTED", 10), ("SETTLED", 5), ("AFTERWARDS", 0.5)):
         monkeypatch.setattr(demo, name, value)
     yield pretence

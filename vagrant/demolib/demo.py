@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from vagrant.demolib import picture, report
+from vagrant.demolib import picture, report, stage
 from vagrant.demolib.history import History
-from vagrant.demolib.hosts import DAEMON_LOG, Events, bring_back, domains, kemari
+from vagrant.demolib.hosts import bring_back, kemari
 from vagrant.demolib.ledger import Writers
 from vagrant.demolib.picture import Band, Mark
 from vagrant.demolib.report import Figures
@@ -71,9 +71,8 @@ class Demo:
         :raises LabError: it could not be begun, or what the client saw cannot be read
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        for old in ("demo.svg", "demo.jsonl", *(f"kemarid-{name}.log" for name in HOSTS)):
+        for old in ("demo.svg", "demo.jsonl"):
             (self.out / old).unlink(missing_ok=True)
-        self._await_daemons(HOSTS)
         with step("the guest boots on host a"):
             self._lab.guest_start("a", self._guest)
         words = ["--interval", str(self._interval_ms)]
@@ -93,7 +92,7 @@ class Demo:
                 if error.details:
                     say(error.details.rstrip())
             if writers is not None:
-                self.acknowledged = len(writers.done)
+                self.acknowledged = writers.count
             self.history = talk.stop()
         self.verdict = judge(self.history, self.cuts)
         self._draw(self.history, self.verdict)
@@ -112,15 +111,8 @@ class Demo:
             primary, standby = standby, primary
         say("the client goes on")
         talk.wait_seconds(AFTERWARDS)
-        self._look(primary)
-
-    def _await_daemons(self, names: Sequence[str]) -> None:
-        for name in names:
-            events = Events(self._lab, name)
-            try:
-                events.wait("daemon")
-            finally:
-                events.close()
+        self.failures += stage.misplaced(self._lab, primary)
+        self.failures += stage.other_role(self._lab, primary, "owner")
 
     def _cut(self, talk: Talk, primary: str, standby: str) -> None:
         asked = time.monotonic()
@@ -146,20 +138,6 @@ class Demo:
             say(f"answers over {name} again, {at - cut.at:.2f} s after the cut")
         talk.wait_answers(SETTLED)
         self.cuts[-1] = replace(cut, settled=time.monotonic())
-
-    def _look(self, owner: str) -> None:
-        """Whether the guest is where it should be."""
-        names = domains(self._lab, owner)
-        if GUEST not in names:
-            self.failures.append(
-                f"`xl list` on host {owner} has {', '.join(names) or 'no guest'}; expected {GUEST}"
-            )
-        status = kemari(self._lab, owner, "status", GUEST).value[0]
-        if status["role"] != "owner":
-            self.failures.append(
-                f"`kemari status` on host {owner} says that its role is {status['role']}; "
-                "expected owner"
-            )
 
     def _draw(self, history: History, verdict: Verdict) -> None:
         bands = [
@@ -194,21 +172,11 @@ class Demo:
             self.history, self.verdict, self.figures, self.cuts, CONNECTIONS, self._copies[0].begin
         )
 
-    def keep_logs(self) -> None:
-        """Fetch what the daemons logged, as far as their hosts have power."""
-        for name, host in self._lab.hosts.items():
-            if host.is_running:
-                try:
-                    text = self._lab.ssh(name, f"cat {DAEMON_LOG}", timeout=60).stdout
-                    (self.out / f"kemarid-{name}.log").write_text(text)
-                except (LabError, OSError) as error:
-                    say(f"the log of kemarid on host {name} could not be kept: {error}")
-
 
 def _where_to_look(lab: Lab) -> str:
     lines = [f"client: {lab.state}/out/demo.jsonl, demo.err"]
     for name, host in lab.hosts.items():
-        kept = lab.state / "out" / f"kemarid-{name}.log"
+        kept = stage.kept_log(lab.state / "out", name)
         lines.append(f"host {name}: console {host.console_log}")
         if kept.exists():
             lines.append(f"host {name}: kemarid {kept}")
@@ -261,25 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     lab = Lab(args.state)
     guest = GuestOptions(vcpus=args.guest_vcpus, disk_mib=args.guest_disk)
     demo = Demo(lab, args.cuts, args.protected, args.interval, guest)
-    was_up = False
     try:
-        was_up = lab.network.is_up
-        lab.up(Options(args.suite, guest=guest))
-        if was_up:
-            say("the lab is up already: it is made ready again, and stays up afterwards")
-            lab.install()
-            lab.reset()
-        demo.run()
+        options = Options(args.suite, guest=guest)
+        with stage.ready(lab, options, demo.out, keep=args.keep):
+            demo.run()
     except LabError as error:
         if error.details:
             say(error.details.rstrip())
         demo.failures.append(str(error))
     except KeyboardInterrupt:
         demo.failures.append("interrupted")
-    finally:
-        demo.keep_logs()
-        if not args.keep and not was_up:
-            lab.down()
     failures = [*demo.failures, *(demo.verdict.failures if demo.verdict else ())]
     values = report.result(demo.verdict, demo.figures, demo.failures, demo.acknowledged)
     table = demo.table()

@@ -55,16 +55,9 @@ def faults(
     :param waiting: (connection, command) of what was sent and not answered: done once or never
     """
     open_ones = {(connection, command[0]) for connection, command in waiting}
-    found = []
+    found = answer_faults(done, len(held.lists))
     for index, held_list in enumerate(held.lists):
-        acknowledged = [each for each in done if each.command[:2] == ("RPUSH", list_of(index))]
-        for number, each in enumerate(acknowledged, start=1):
-            if (int(each.command[2]), each.reply) != (number, number):
-                found.append(
-                    f"append {each.command[2]} to {list_of(index)} was answered {each.reply}, "
-                    f"expected append {number} to be answered {number}"
-                )
-                break
+        acknowledged = _appends(done, index)
         most = len(acknowledged) + ((index, "RPUSH") in open_ones)
         if list(held_list) != list(range(1, len(held_list) + 1)):
             found.append(f"{list_of(index)} holds other than 1 to {len(held_list)}, in order")
@@ -73,8 +66,7 @@ def faults(
                 f"{list_of(index)} holds {len(held_list)} numbers, expected {len(acknowledged)}"
                 + (f" or {most}" if most > len(acknowledged) else "")
             )
-    counts = [each for each in done if each.command == ("INCR", TOTAL)]
-    found += _counter(counts)
+    counts = _counts(done)
     most = len(counts) + sum(command == "INCR" for _, command in open_ones)
     if not max([len(counts), *(each.reply for each in counts)]) <= held.total <= most:
         found.append(
@@ -82,6 +74,28 @@ def faults(
             f"and {most - len(counts)} open ones"
         )
     return found
+
+
+def answer_faults(done: Sequence[Done], connections: int) -> list[str]:
+    """The same of the answers alone, whatever the database holds."""
+    found = []
+    for index in range(connections):
+        for number, each in enumerate(_appends(done, index), start=1):
+            if (int(each.command[2]), each.reply) != (number, number):
+                found.append(
+                    f"append {each.command[2]} to {list_of(index)} was answered {each.reply}, "
+                    f"expected append {number} to be answered {number}"
+                )
+                break
+    return found + _counter(_counts(done))
+
+
+def _appends(done: Sequence[Done], index: int) -> list[Done]:
+    return [each for each in done if each.command[:2] == ("RPUSH", list_of(index))]
+
+
+def _counts(done: Sequence[Done]) -> list[Done]:
+    return [each for each in done if each.command == ("INCR", TOTAL)]
 
 
 def _counter(counts: Sequence[Done]) -> list[str]:
@@ -146,6 +160,15 @@ class Writers(Program):
             )
             for event in self.events("done")
         ]
+
+    @property
+    def count(self) -> int:
+        """How many writes were acknowledged so far."""
+        return len(self.events("done"))
+
+    def noticed(self) -> list[str]:
+        """One sentence for everything that was answered so far and cannot be."""
+        return answer_faults(self.done, self._connections)
 
     def stop(self) -> list[str]:
         """Have them write no more, read what the database holds, and compare.

@@ -16,12 +16,16 @@
 //
 // Port 7070, TCP, one command a line, one line of answer:
 //     dirty PAGES [MIB]          write that many pages each second, in an area of MIB (16)
+//     keep KIB [MIB]             write that much to random pages of an area of MIB (8) each second,
+//                                and check on and on that each page holds what was written last
+//     kept [ROUNDS]              "ok kept WRITES ROUNDS MISMATCHES" of keep, as soon as the whole
+//                                area was checked so many times
 //     cpu [COUNT]                that many busy loops (1)
 //     burst COUNT PORT [SIZE]    send numbered UDP datagrams of SIZE (64) bytes to the asker
 //     send KIB                   send that much data down this connection before the answer
 //     clock SECONDS              read the clocks in a busy loop; tells gaps and steps backwards
-//     stop                       end what dirty and cpu began
-// dirty and cpu go on after the connection is closed.
+//     stop                       end what dirty, keep and cpu began
+// dirty, keep and cpu go on after the connection is closed.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -54,6 +58,9 @@ struct connection {
 
 static int poller, echo_listener, register_listener, command_listener, echo_udp;
 static atomic_uint *generation; // of the loads; shared, a load ends when it changes
+static struct {
+    atomic_ullong writes, rounds, mismatches;
+} *kept; // what the load `keep` has come to; shared
 
 static void die(const char *what)
 {
@@ -270,8 +277,78 @@ static void load_dirty(unsigned mine, long pages, long mib)
     _exit(0);
 }
 
-static void load_cpu(unsigned mine)
+enum { WORDS = PAGE / sizeof(uint64_t), CHECKS = 4 };
+
+// What a page holds after it was written VERSION times: its number, that version, and words that
+// follow from both, so that a page of another place or another time is not taken for it.
+static uint64_t kept_word(size_t i, uint64_t number, uint64_t version, uint64_t before)
 {
+    if (i == 0)
+        return number;
+    if (i == 1)
+        return version;
+    uint64_t value = before ^ (number << 32 | version) ^ UINT64_C(0x9e3779b97f4a7c15) * i;
+    return value ^ value << 13 ^ value >> 7;
+}
+
+static void write_page(uint64_t *page, uint64_t number, uint64_t version)
+{
+    uint64_t value = 0;
+    for (size_t i = 0; i < WORDS; i++)
+        page[i] = value = kept_word(i, number, version, value);
+}
+
+static bool holds(const uint64_t *page, uint64_t number, uint64_t version)
+{
+    uint64_t value = 0;
+    for (size_t i = 0; i < WORDS; i++) {
+        value = kept_word(i, number, version, value);
+        if (page[i] != value) {
+            fprintf(stderr, "KEPT WRONG: page %" PRIu64 " word %zu is %" PRIx64 ", not %" PRIx64 "\n",
+                    number, i, page[i], value);
+            return false;
+        }
+    }
+    return true;
+}
+
+static void load_keep(unsigned mine, long kib, long mib)
+{
+    size_t pages = ((size_t)mib << 20) / PAGE, at = 0;
+    uint64_t (*area)[WORDS] = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint32_t *versions = calloc(pages, sizeof *versions);
+    if (area == MAP_FAILED || !versions)
+        die("keep");
+    for (size_t i = 0; i < pages; i++)
+        write_page(area[i], i, 0);
+    uint64_t chance = 1, done = 0;
+    int64_t begin = nanoseconds(CLOCK_MONOTONIC);
+    while (atomic_load(generation) == mine) {
+        uint64_t due = (nanoseconds(CLOCK_MONOTONIC) - begin) / 1000000 * kib / (1000 * PAGE / 1024);
+        for (; done < due; done++) {
+            chance ^= chance << 13, chance ^= chance >> 7, chance ^= chance << 17;
+            size_t page = chance % pages;
+            if (!holds(area[page], page, versions[page]))
+                atomic_fetch_add(&kept->mismatches, 1);
+            write_page(area[page], page, ++versions[page]);
+            for (int i = 0; i < CHECKS; i++) {
+                if (!holds(area[at], at, versions[at]))
+                    atomic_fetch_add(&kept->mismatches, 1);
+                at = (at + 1) % pages;
+                if (at == 0)
+                    atomic_fetch_add(&kept->rounds, 1);
+            }
+        }
+        atomic_store(&kept->writes, done);
+        usleep(20000);
+    }
+    _exit(0);
+}
+
+static void load_cpu(unsigned mine, long a, long b)
+{
+    (void)a, (void)b;
     while (atomic_load(generation) == mine)
         for (volatile int i = 0; i < 100000; i++)
             ;
@@ -339,22 +416,28 @@ static void read_clocks(FILE *out, double seconds)
             samples, largest, backwards, over_1ms, over_10ms, over_100ms, largest_drift);
 }
 
-static void start_load(FILE *out, long pages, long mib, long loops)
+static void start_load(FILE *out, void (*load)(unsigned, long, long), long a, long b, long count)
 {
     unsigned mine = atomic_load(generation);
     fflush(out);
-    for (long i = 0; i < loops; i++) {
+    for (long i = 0; i < count; i++) {
         pid_t child = fork();
-        if (child == 0 && pages)
-            load_dirty(mine, pages, mib);
         if (child == 0)
-            load_cpu(mine);
+            load(mine, a, b);
         if (child < 0) {
             fprintf(out, "error fork: %s\n", strerror(errno));
             return;
         }
     }
     fprintf(out, "ok\n");
+}
+
+static void tell_kept(FILE *out, unsigned long long rounds)
+{
+    while (atomic_load(&kept->rounds) < rounds)
+        usleep(50000);
+    fprintf(out, "ok kept %llu %llu %llu\n", atomic_load(&kept->writes), atomic_load(&kept->rounds),
+            atomic_load(&kept->mismatches));
 }
 
 static void serve_commands(int fd)
@@ -371,9 +454,13 @@ static void serve_commands(int fd)
         long a = 0, b = 0, c = 0;
         double seconds = 0;
         if (sscanf(line, "dirty %ld %ld", &a, &b) >= 1 && a > 0)
-            start_load(out, a, b > 0 ? b : 16, 1);
+            start_load(out, load_dirty, a, b > 0 ? b : 16, 1);
+        else if (sscanf(line, "keep %ld %ld", &a, &b) >= 1 && a > 0)
+            start_load(out, load_keep, a, b > 0 ? b : 8, 1);
+        else if (!strncmp(line, "kept", 4))
+            tell_kept(out, sscanf(line, "kept %ld", &a) == 1 && a > 0 ? a : 0);
         else if (!strncmp(line, "cpu", 3))
-            start_load(out, 0, 0, sscanf(line, "cpu %ld", &a) == 1 ? a : 1);
+            start_load(out, load_cpu, 0, 0, sscanf(line, "cpu %ld", &a) == 1 ? a : 1);
         else if (sscanf(line, "burst %ld %ld %ld", &a, &b, &c) >= 2)
             burst(fd, out, a, b, c > 0 ? c : 64);
         else if (sscanf(line, "send %ld", &a) == 1)
@@ -401,14 +488,21 @@ static void accept_command(void)
     close(fd);
 }
 
+// Memory that children share, all zero.
+static void *shared(size_t size)
+{
+    void *area = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (area == MAP_FAILED)
+        die("mmap");
+    return area;
+}
+
 int main(void)
 {
     signal(SIGPIPE, SIG_IGN);
     signal(SIGCHLD, SIG_IGN); // children, and orphans of theirs, leave nothing to wait for
-    generation = mmap(NULL, sizeof *generation, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
-                      -1, 0);
-    if (generation == MAP_FAILED)
-        die("mmap");
+    generation = shared(sizeof *generation);
+    kept = shared(sizeof *kept);
     echo_listener = open_socket(SOCK_STREAM, ECHO_PORT);
     register_listener = open_socket(SOCK_STREAM, REGISTER_PORT);
     command_listener = open_socket(SOCK_STREAM, COMMAND_PORT);
