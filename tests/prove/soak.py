@@ -76,7 +76,9 @@ class Loads:
         self.registers = stack.enter_context(
             Registers(lab, out / "soak-registers.err", options.pause)
         )
-        self.writers = stack.enter_context(Writers(lab, out / "soak-writer.err", options.writers))
+        self.writers = stack.enter_context(
+            Writers(lab, out / "soak-writer.err", options.writers, options.pause)
+        )
         self.memory = stack.enter_context(
             Memory(lab, out / "soak-memory.err", options.memory_kib, options.memory_mib)
         )
@@ -182,12 +184,14 @@ class Soak:
         row.failover_s = min(resumed) - cut.at
         loads.settle()
         self._cuts[-1] = replace(cut, settled=time.monotonic())
+        # The round that is under way began before the cut; the next one is whole.
+        whole_round = loads.memory.look().rounds + 2
         bring_back(self._lab, primary)
         row.violations += stage.misplaced(self._lab, standby)
         kemari(self._lab, standby, "start", GUEST, primary)
         again = time.monotonic()
         row.protected_s = again - cut.at
-        loads.memory.whole_round()
+        loads.memory.look(whole_round)
         now_answers, now_writes = loads.counts
         row.answers, row.writes = now_answers - answers, now_writes - writes
         row.violations += loads.noticed()
@@ -218,10 +222,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--protected", type=float, default=5, metavar="S", help="before each cut (%(default)s)")
     add("--disk", type=int, default=64, metavar="MIB", help="size of the disk (%(default)s)")
     add("--writers", type=int, default=4, metavar="N", help="of the database (%(default)s)")
-    add("--interval", type=float, default=50, metavar="MS",
+    add("--interval", type=float, default=100, metavar="MS",
         help="between two requests of a talking connection (%(default)s)")  # fmt: skip
     add("--pause", type=float, default=200, metavar="MS",
-        help="greatest pause of each of the registers' clients (%(default)s)")  # fmt: skip
+        help="greatest one between two requests of the other clients (%(default)s)")  # fmt: skip
     add("--memory-kib", type=int, default=256, metavar="KIB",
         help="of memory written each second (%(default)s)")  # fmt: skip
     add("--memory-mib", type=int, default=8, metavar="MIB", help="of that area (%(default)s)")

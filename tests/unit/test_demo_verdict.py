@@ -209,6 +209,17 @@ def test_requests_that_waited_for_the_resume_do_not_confuse_the_clocks() -> None
     assert verdict.clock_jump_ms == pytest.approx(0, abs=1)
 
 
+def test_requests_that_were_long_on_their_way_prove_nothing_about_clocks() -> None:
+    """Before the cut each one waited for 600 ms until the guest read its clock."""
+    history = make()
+    for place, answer in enumerate(history.answers):
+        if answer.received < CUT.at and answer.sent is not None:
+            change(history, place, sent=answer.sent - 0.6)
+    verdict = judge(history, [CUT])
+    assert verdict.clock_jump_ms == pytest.approx(600, abs=1)
+    assert verdict.survived
+
+
 def test_an_answer_in_flight_at_the_cut_is_not_the_failover() -> None:
     history = make()
     place = max(n for n, a in enumerate(history.answers) if a.received < CUT.at)

@@ -118,11 +118,13 @@ def _counter(counts: Sequence[Done]) -> list[str]:
 class Writers(Program):
     """Clients that write to the guest's database until they are stopped.
 
+    :param pause_ms: greatest pause between two writes of a connection
     :raises LabError: the lab is down, or the database does not answer
     """
 
-    def __init__(self, lab: Lab, errors: Path, connections: int = 4) -> None:
+    def __init__(self, lab: Lab, errors: Path, connections: int = 4, pause_ms: float = 0) -> None:
         words = ["vagrant.demolib.writer", "--connections", str(connections)]
+        words += ["--pause", str(pause_ms)]
         super().__init__(lab, "writer", words, errors)
         self._connections = connections
         try:

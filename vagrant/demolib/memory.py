@@ -94,13 +94,6 @@ class Memory(Program):
         self.wait("an answer", lambda event: event["event"] == "kept", since=mark)
         return self.told[-1]
 
-    def whole_round(self) -> Kept:
-        """Wait until the whole area was checked once, from now on.
-
-        :raises LabError: the guest does not answer
-        """
-        return self.look(self.look().rounds + 2)
-
     @property
     def faults(self) -> list[str]:
         """What does not hold, of everything it told so far."""

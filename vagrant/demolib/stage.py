@@ -73,16 +73,14 @@ def misplaced(lab: Lab, owner: str) -> list[str]:
 
     :raises LabError: the host has no power
     """
-    found = []
-    for name in HOSTS:
-        if lab.hosts[name].is_running:
-            names = domains(lab, name)
-            if (GUEST in names) != (name == owner):
-                found.append(
-                    f"`xl list` on host {name} has {', '.join(names) or 'no guest'}; "
-                    f"expected {GUEST if name == owner else 'no guest'}"
-                )
-    return found
+    return [
+        f"`xl list` on host {name} has {', '.join(names) or 'no guest'}; "
+        f"expected {GUEST if name == owner else 'no guest'}"
+        for name in HOSTS
+        if lab.hosts[name].is_running
+        for names in [domains(lab, name)]
+        if (GUEST in names) != (name == owner)
+    ]
 
 
 def other_role(lab: Lab, host: str, expected: str) -> list[str]:
@@ -95,7 +93,7 @@ def other_role(lab: Lab, host: str, expected: str) -> list[str]:
 
 #: The standby's disk as a power cut leaves it, once its journal was replayed: on a copy.
 _REPLICA = "/root/guest/looked-at.img"
-_REPLAY = f"cp {DATA} {_REPLICA} && {{ e2fsck -E journal_only {_REPLICA} || [ $? -lt 4 ]; }}"
+_REPLAY = f"cp {DATA} {_REPLICA} && {{ e2fsck -y -E journal_only {_REPLICA} || [ $? -lt 4 ]; }}"
 #: The program that looks at Redis' files must be able to write to them.
 _LOOK_AT_REDIS = """
 cd /root/guest && rm -rf appendonlydir &&

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import signal
 import time
 from collections.abc import Sequence
@@ -77,12 +78,15 @@ async def read_reply(reader: asyncio.StreamReader) -> Any:
 class Writer:
     """One connection.
 
+    :param pause: greatest pause between two writes, in seconds
     :ivar waiting: the command that is not answered yet, and when it was sent
     :ivar broken: why the connection ended, or ""
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, pause: float) -> None:
         self.index = index
+        self._pause = pause
+        self._chance = random.Random(index)
         self.waiting: tuple[list[str], float] | None = None
         self.broken = ""
 
@@ -97,6 +101,7 @@ class Writer:
                 await self._ask(reader, writer, ["RPUSH", list_of(self.index), str(number)])
                 if number % COUNTS == 0:
                     await self._ask(reader, writer, ["INCR", TOTAL])
+                await asyncio.sleep(self._pause * self._chance.random())
         except (OSError, EOFError, Refused) as error:
             self.broken = str(error)
         finally:
@@ -150,11 +155,11 @@ async def contents(connections: int) -> dict[str, Any]:
         writer.close()
 
 
-async def talk(connections: int) -> None:
+async def talk(connections: int, pause: float) -> None:
     """Run the client."""
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
-    writers = [Writer(index) for index in range(connections)]
+    writers = [Writer(index, pause) for index in range(connections)]
     tasks = [asyncio.create_task(writer.run(ending)) for writer in writers]
     await ending.wait()
     _, late = await asyncio.wait(tasks, timeout=PATIENCE)
@@ -173,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="writer", description="Write to the guest's database.")
     parser.add_argument("--connections", type=int, default=4)
-    asyncio.run(talk(parser.parse_args(argv).connections))
+    parser.add_argument("--pause", type=float, default=0.0, metavar="MS", help="(%(default)s)")
+    options = parser.parse_args(argv)
+    asyncio.run(talk(options.connections, options.pause / 1000))
 
 
 if __name__ == "__main__":
