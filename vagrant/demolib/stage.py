@@ -96,7 +96,7 @@ _REPLICA = "/root/guest/looked-at.img"
 _REPLAY = f"cp {DATA} {_REPLICA} && {{ e2fsck -y -E journal_only {_REPLICA} || [ $? -lt 4 ]; }}"
 #: The program that looks at Redis' files must be able to write to them.
 _LOOK_AT_REDIS = """
-cd /root/guest && rm -rf appendonlydir &&
+modprobe loop && cd /root/guest && rm -rf appendonlydir &&
   mount -o loop,ro,noload {image} /mnt && cp -r /mnt/appendonlydir . && umount /mnt &&
   redis-check-aof appendonlydir/appendonly.aof.manifest
 """
