@@ -6,6 +6,7 @@
     CheckpointError            may be shown to an administrator as it is
     ├── UnsupportedGuest       the guest or host lacks something that protection needs
     ├── HypervisorError        a call into Xen failed (carries the call and errno)
+    ├── LogTaken               another program uses the guest's dirty log
     ├── NotQuiescent           a pause point at which no snapshot can be taken; try again
     ├── ProtocolError          the peer broke docs/protocol.md
     └── ReviveError            the standby's copy could not be brought to life
@@ -40,6 +41,19 @@ class HypervisorError(CheckpointError):
         self.detail = detail
         about = f" ({detail})" if detail else ""
         super().__init__(f"{call}{about} failed: {os.strerror(errno)}")
+
+
+class LogTaken(CheckpointError):
+    """Another program uses the guest's dirty log, of which Xen has one only.
+
+    What the guest has written is not known any more; what was captured with such a log is nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another program uses the guest's dirty log, so that written pages would be missed "
+            "(expected no xl save and no xl migrate of a protected guest)"
+        )
 
 
 class NotQuiescent(CheckpointError):

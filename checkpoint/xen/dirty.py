@@ -3,24 +3,38 @@
 
 Needs hardware-assisted paging: distribution Xens are built without shadow paging, so that a PV
 guest has no dirty log there.
+
+Xen has one log for each domain, for whoever asks, and says nobody that somebody else has asked:
+``paging_log_dirty_op`` (``xen/arch/x86/mm/paging.c``) does not even look whether the log is on, and
+answers that nothing is dirty.  So a *mark* is left in it: after each reading, frame
+:data:`MARK_FRAME` is told to Xen as modified.  Whoever else switches the log off or cleans it takes
+the mark away, and the next reading notices; a log that is on without the mark is not ours.
 """
 
 from __future__ import annotations
 
 import errno
+from array import array
+from typing import Final
 
+from checkpoint import native
 from checkpoint.driver import PAGE_SIZE
-from checkpoint.errors import HypervisorError, UnsupportedGuest
+from checkpoint.errors import HypervisorError, LogTaken, UnsupportedGuest
 from checkpoint.xen.libs import Libraries, ffi, libraries
 
 #: XEN_DOMCTL_SHADOW_OP_* (xen/include/public/domctl.h)
-_OFF, _ENABLE_LOGDIRTY, _CLEAN = 0, 2, 11
+_OFF, _ENABLE_LOGDIRTY, _CLEAN, _PEEK = 0, 2, 11, 12
+
+#: The first frame of RAM: ``meminit_hvm`` (``xg_dom_x86.c``) fills a PVH guest's memory from there
+#: on, and Linux leaves it alone for fear of firmware (``early_reserve_memory`` in
+#: ``arch/x86/kernel/setup.c``).  It is copied each time, as if the guest had written it.
+MARK_FRAME: Final = 0
 
 
 class DirtyLog:
     """Dirty tracking of ``pages`` guest frames from frame 0.
 
-    :ivar bitmap: one bit per frame, filled by :meth:`read_and_clean`
+    :ivar bitmap: one bit per frame, filled by :meth:`read_and_clean`, in which the mark's is set
     """
 
     def __init__(self, domid: int, pages: int, libs: Libraries | None = None) -> None:
@@ -39,16 +53,19 @@ class DirtyLog:
         self._enabled = False
 
     def enable(self) -> None:
-        """Begin tracking; every frame counts as clean from here.
+        """Begin tracking; every frame but the mark counts as clean from here.
 
         A log that a killed daemon left on is switched off first.
 
+        :raise LogTaken: somebody else has it on
         :raise UnsupportedGuest: when Xen has no dirty log for this kind of guest
         """
         try:
             self._control(_ENABLE_LOGDIRTY)
         except HypervisorError as exc:
             if exc.errno == errno.EINVAL:
+                if not self.marked():
+                    raise LogTaken from exc
                 self._control(_OFF)
                 self._control(_ENABLE_LOGDIRTY)
             elif exc.errno == errno.EOPNOTSUPP:
@@ -59,14 +76,57 @@ class DirtyLog:
             else:
                 raise
         self._enabled = True
+        self._report(MARK_FRAME)
+        if not self.marked():
+            raise UnsupportedGuest(
+                f"the dirty log keeps no mark at frame {MARK_FRAME} (expected memory there)"
+            )
 
     def read_and_clean(self) -> None:
-        """Move the log into :attr:`bitmap` and clean it."""
+        """Move the log into :attr:`bitmap` and clean it.
+
+        :raise LogTaken: it does not tell all that was written since the last reading
+        """
+        if not self._enabled:
+            raise LogTaken
+        # Xen 4.17 answers for a dying domain without filling the bitmap.
+        self.bitmap[MARK_FRAME // 8] &= ~(1 << MARK_FRAME % 8)
+        self._read(_CLEAN, self._pages, "read and clean")
+        if not self._shows_mark():
+            self._enabled = False  # it is somebody else's, or off
+            self._give_back()
+            raise LogTaken
+        self._report(MARK_FRAME)
+
+    def marked(self) -> bool:
+        """Whether the mark is in the log; destroys what is in :attr:`bitmap`."""
+        self.bitmap[MARK_FRAME // 8] = 0
+        self._read(_PEEK, 8 * (MARK_FRAME // 8 + 1), "peek")
+        return self._shows_mark()
+
+    def _shows_mark(self) -> bool:
+        return bool(self.bitmap[MARK_FRAME // 8] >> MARK_FRAME % 8 & 1)
+
+    def _read(self, operation: int, pages: int, what: str) -> None:
         result = self._libs.xc.xc_logdirty_control(
-            self._libs.xch, self._domid, _CLEAN, self._buffer, self._pages, 0, ffi.NULL
+            self._libs.xch, self._domid, operation, self._buffer, pages, 0, ffi.NULL
         )
-        if result != self._pages:
-            raise HypervisorError("xc_logdirty_control", ffi.errno, "read and clean")
+        if result != pages:
+            raise HypervisorError("xc_logdirty_control", ffi.errno, what)
+
+    def _report(self, frame: int) -> None:
+        """Tell Xen that a frame was modified; where no log is on, nothing happens."""
+        result = self._libs.model.xendevicemodel_modified_memory(
+            self._libs.modelh, self._domid, frame, 1
+        )
+        if result < 0:
+            raise HypervisorError("xendevicemodel_modified_memory", ffi.errno)
+
+    def _give_back(self) -> None:
+        """Put what was just read back into the log: another program waits for it."""
+        frames = array("Q", bytes(8 * self._pages))
+        for frame in frames[: native.scan_bitmap(self.bitmap, self._pages, frames)]:
+            self._report(frame)
 
     def _control(self, operation: int) -> None:
         result = self._libs.xc.xc_logdirty_control(
@@ -76,7 +136,7 @@ class DirtyLog:
             raise HypervisorError("xc_logdirty_control", ffi.errno, f"operation {operation}")
 
     def close(self) -> None:
-        """End tracking and free the buffer (idempotent)."""
+        """End tracking, unless somebody else has taken it, and free the buffer (idempotent)."""
         if not self._open:
             return
         self._open = False
@@ -87,6 +147,15 @@ class DirtyLog:
         if self._enabled:
             self._enabled = False
             switch_off(self._domid, self._libs)
+
+
+def left_behind(domid: int) -> bool:
+    """Whether the log of a domain is on, and ours."""
+    log = DirtyLog(domid, 8 * (MARK_FRAME // 8 + 1))
+    try:
+        return log.marked()
+    finally:
+        log.close()
 
 
 def switch_off(domid: int, libs: Libraries | None = None) -> None:

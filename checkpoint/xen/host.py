@@ -21,7 +21,7 @@ from checkpoint.xen.control import (
     HVM_PARAM_STORE_PFN,
     Domain,
 )
-from checkpoint.xen.dirty import DirtyLog, switch_off
+from checkpoint.xen.dirty import DirtyLog, left_behind, switch_off
 from checkpoint.xen.libs import libraries
 from checkpoint.xen.mapping import Mapping, PresentRam
 from checkpoint.xen.revive import revived_node
@@ -67,10 +67,13 @@ class XenHost:
     def recover(self, name: str) -> None:
         for domid, found in self.domains():
             if found == name:
-                switch_off(domid)
                 domain = Domain(domid)
                 info = domain.info()
-                if info is not None and info.paused:
+                paused = info is not None and info.paused
+                # A daemon that was killed before it could set its mark has left the guest paused.
+                if paused or left_behind(domid):
+                    switch_off(domid)
+                if paused:
                     domain.unpause()
 
     def destroy_domain(self, name: str) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Xen's own libraries, loaded at run time through cffi (ABI mode).
 
-The declarations follow ``xenctrl.h``, ``xenforeignmemory.h`` and ``xencall.h`` of Xen 4.17 to
-4.20.  The libraries are LGPL; they are loaded from the host, nothing of them is copied here.
+The declarations follow ``xenctrl.h``, ``xenforeignmemory.h``, ``xencall.h`` and
+``xendevicemodel.h`` of Xen 4.17 to 4.20.  The libraries are LGPL; they are loaded from the host,
+nothing of them is copied here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ typedef struct xc_interface_core xc_interface;
 typedef struct xenforeignmemory_handle xenforeignmemory_handle;
 typedef struct xenforeignmemory_resource_handle xenforeignmemory_resource_handle;
 typedef struct xencall_handle xencall_handle;
+typedef struct xendevicemodel_handle xendevicemodel_handle;
 typedef struct xc_cpu_policy xc_cpu_policy_t;
 typedef struct { uint32_t leaf, subleaf, a, b, c, d; } xen_cpuid_leaf_t;
 typedef struct { uint32_t idx, flags; uint64_t val; } xen_msr_entry_t;
@@ -94,6 +96,11 @@ int xencall2(xencall_handle *xcall, unsigned int op, uint64_t arg1, uint64_t arg
 void *xencall_alloc_buffer_pages(xencall_handle *xcall, size_t nr_pages);
 void xencall_free_buffer_pages(xencall_handle *xcall, void *p, size_t nr_pages);
 
+xendevicemodel_handle *xendevicemodel_open(void *logger, unsigned open_flags);
+int xendevicemodel_close(xendevicemodel_handle *dmod);
+int xendevicemodel_modified_memory(xendevicemodel_handle *dmod, uint16_t domid,
+                                   uint64_t first_pfn, uint32_t nr);
+
 void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
 """
 
@@ -109,6 +116,7 @@ class Libraries:
     :ivar guest: libxenguest
     :ivar fmem: libxenforeignmemory, with ``fmemh``
     :ivar call: libxencall, with ``callh``
+    :ivar model: libxendevicemodel, with ``modelh``
     """
 
     def __init__(self, release: Release) -> None:
@@ -118,12 +126,14 @@ class Libraries:
         self.guest: Any = self._load(release.libxenguest)
         self.fmem: Any = self._load("libxenforeignmemory.so.1")
         self.call: Any = self._load("libxencall.so.1")
+        self.model: Any = self._load("libxendevicemodel.so.1")
         self.libc: Any = ffi.dlopen(None)
         self.xch = self._open(self.xc.xc_interface_open(ffi.NULL, ffi.NULL, 0), "xc_interface_open")
         self.fmemh = self._open(
             self.fmem.xenforeignmemory_open(ffi.NULL, 0), "xenforeignmemory_open"
         )
         self.callh = self._open(self.call.xencall_open(ffi.NULL, 0), "xencall_open")
+        self.modelh = self._open(self.model.xendevicemodel_open(ffi.NULL, 0), "xendevicemodel_open")
 
     @staticmethod
     def _load(name: str) -> Any:

@@ -28,7 +28,7 @@ from checkpoint.guest.xenstore import xenstore_at_rest
 from checkpoint.xen import rings, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
-from checkpoint.xen.dirty import DirtyLog, switch_off
+from checkpoint.xen.dirty import DirtyLog
 from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
 from checkpoint.xen.processors import Processors
 from checkpoint.xen.rings import Kind
@@ -123,8 +123,6 @@ class XenSource:
         try:
             if self._tracking:
                 self._release()
-            else:
-                switch_off(self._domain.domid)  # a killed daemon may have left it on
         finally:
             self.unpause()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from checkpoint.driver import Captured
+from checkpoint.errors import LogTaken
 from checkpoint.memory import MemorySource
 from kemari.errors import KemariError, NoSuchProtection, PeerUnreachable, Refused
 from tests.unit.kemari_pair import Pair, await_true
@@ -31,6 +32,39 @@ def test_restless_guest_is_captured_later(tmp_path: Path) -> None:
         pair.talk(3)
         pair.check_answers()
         assert pair.a.status("web")["statistics"]["not_quiescent"] >= 5
+
+
+def test_a_dirty_log_that_somebody_takes_ends_the_protection_until_it_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``xl save -c`` does; with it a checkpoint would have missed pages."""
+    monkeypatch.setattr("kemari.daemon.AGAIN", 0.05)
+    taken = threading.Event()
+
+    def taken_at(point: str) -> None:
+        if taken.is_set() and point in ("capture", "open_source"):
+            raise LogTaken
+
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.hypervisor.reached = taken_at
+        taken.set()
+        pair.talk(1)  # it waits for its answer, which no checkpoint may let out
+        await_true(lambda: not pair.b.hypervisor.shells, "b removed the copy")
+        assert not pair.a.status("web")["protected"]
+        (said,) = [e for e in pair.a.request("log", domain="web") if e["event"] == "standby-lost"]
+        assert "a checkpoint failed: another program uses the guest's dirty log" in said["text"]
+        await_true(
+            lambda: "still UNPROTECTED: another program" in pair.a.request("log")[-1]["text"],
+            "that it cannot be protected again is said",
+        )
+        taken.clear()
+        await_true(lambda: pair.a.status("web")["protected"], "web is protected again")
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
 
 
 def test_a_capture_that_fails_late_closes_its_output_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoint.driver import PAGE_SIZE, Description
-from checkpoint.errors import CheckpointError, HypervisorError, UnsupportedGuest
+from checkpoint.errors import CheckpointError, HypervisorError, LogTaken, UnsupportedGuest
 from checkpoint.xen import toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.host import XenHost
@@ -120,6 +120,19 @@ def test_what_a_killed_daemon_left_is_set_right(world: World) -> None:
     for _ in range(2):
         XenHost().recover("web")
         assert (guest.logging, guest.pauses) == (False, 0)
+
+
+def test_a_log_is_set_right_only_if_it_is_ours(world: World) -> None:
+    guest = world.rig.guest
+    here = XenHost()
+    here.open_source("web").track()
+    XenHost().recover("web")
+    assert not guest.logging, "that of a killed daemon, which left the guest running"
+    guest.logging = True
+    XenHost().recover("web")
+    with pytest.raises(LogTaken):
+        XenHost().open_source("web")
+    assert guest.logging, "that of another program"
 
 
 def test_the_domains_of_a_host(world: World) -> None:

@@ -11,11 +11,10 @@ import pytest
 
 from checkpoint import native
 from checkpoint.driver import PAGE_SIZE, Staging
-from checkpoint.errors import (
-    HypervisorError,
-)
+from checkpoint.errors import HypervisorError, LogTaken
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.xen import rings, source
+from checkpoint.xen.dirty import MARK_FRAME
 from checkpoint.xen.rings import Kind
 from checkpoint.xen.source import XenSource
 from checkpoint.xen.state import StateEncoder
@@ -73,8 +72,15 @@ def test_calls_of_a_capture_are_made_in_this_order(rig: Rig) -> None:
     rig.capture()  # the first one also asks how much room the vCPU state needs
     rig.xen.calls.clear()
     rig.capture()
-    order = ["xc_domain_pause", "xc_domain_hvm_getcontext", "close_output", "xencall2",
-             "xc_logdirty_control", "xc_domain_unpause"]  # fmt: skip
+    order = [
+        "xc_domain_pause",
+        "xc_domain_hvm_getcontext",
+        "close_output",
+        "xencall2",
+        "xc_logdirty_control",
+        "xendevicemodel_modified_memory",
+        "xc_domain_unpause",
+    ]
     made = [call for call in rig.xen.calls if call in order]
     assert made == order
     assert rig.guest.pauses == 0
@@ -121,7 +127,7 @@ def test_output_is_closed_after_backends_answered_and_before_the_log_is_read(rig
 
 
 def test_every_lasting_mapping_is_copied_each_time(rig: Rig) -> None:
-    expected = lasting(rig.layout) | {TX, RX}
+    expected = lasting(rig.layout) | {TX, RX, MARK_FRAME}
     for _ in range(2):
         rig.capture()
         assert set(rig.copies()) == expected
@@ -281,6 +287,19 @@ def test_a_node_of_the_guest_that_changed_just_before_the_pause(rig: Rig) -> Non
     assert rig.capture().store["control/feature"] == "1"
 
 
+def test_a_log_that_another_program_has_taken_gives_no_checkpoint(rig: Rig) -> None:
+    rig.guest.write(DATA, b"missed")
+    rig.guest.logged.clear()  # as xl save does, which then waits for what comes
+    rig.guest.write(BUFFER, b"theirs")
+    for _ in range(2):
+        with pytest.raises(LogTaken):
+            rig.capture()
+        assert rig.guest.pauses == 0
+    assert rig.guest.logged == {BUFFER}
+    rig.source.untrack()
+    assert rig.guest.logging, "the other program goes on"
+
+
 # ---- Section: errors ----
 
 STEPS = {
@@ -364,7 +383,7 @@ def test_an_error_also_ends_a_pause_that_was_to_stay(
 
 
 def test_more_dirty_pages_than_staging_holds_stay_dirty_over_several_attempts(rig: Rig) -> None:
-    shared = len(lasting(rig.layout)) + 2
+    shared = len(lasting(rig.layout) | {TX, RX, MARK_FRAME})
     rig.staging = Staging(shared + 3)
     first, second = range(DATA, DATA + 6), range(DATA + 3, DATA + 12)
     for gfn in first:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Event channels, dirty log, mappings and the calls on one domain, against the fake libraries."""
+"""Event channels, mappings and the calls on one domain, against the fake libraries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from checkpoint.driver import PAGE_SIZE
-from checkpoint.errors import HypervisorError, UnsupportedGuest
+from checkpoint.errors import HypervisorError
 from checkpoint.guest.memory import GuestMemoryError
 from checkpoint.xen import control
 from checkpoint.xen.control import Domain
-from checkpoint.xen.dirty import DirtyLog, switch_off
 from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
 from checkpoint.xen.state import EventChannel
 from checkpoint.xen.tables import Tables
@@ -126,86 +125,6 @@ def test_no_room_for_the_tables(xen: Any) -> None:
     xen.failing["xencall_alloc_buffer_pages"] = (0, errno.ENOMEM)
     with pytest.raises(HypervisorError, match="xencall_alloc_buffer_pages"):
         Tables(DOMID, xen)
-
-
-# ---- Section: the dirty log ----
-
-
-def test_the_log_is_moved_into_the_bitmap_and_cleaned(xen: Any) -> None:
-    guest = xen.domains[DOMID]
-    log = DirtyLog(DOMID, 600, xen)
-    log.enable()
-    guest.write(0, b"x")
-    guest.write(599, b"x")
-    log.read_and_clean()
-    assert len(log.bitmap) == 80  # whole 64-bit words
-    assert [gfn for gfn in range(640) if log.bitmap[gfn // 8] >> gfn % 8 & 1] == [0, 599]
-    log.read_and_clean()
-    assert not any(log.bitmap)
-    log.close()
-    log.close()
-    assert not guest.logging
-    assert not xen.buffers
-
-
-@pytest.mark.parametrize("pages", [1, 64, 65, 32768, 32769])
-def test_the_bitmap_fits_its_hypercall_buffer(xen: Any, pages: int) -> None:
-    log = DirtyLog(DOMID, pages, xen)
-    (buffer,) = xen.buffers.values()
-    assert len(buffer) % PAGE_SIZE == 0
-    assert pages / 8 <= len(log.bitmap) <= len(buffer)
-    log.close()
-
-
-def test_a_log_that_a_killed_daemon_left_on_begins_anew(xen: Any) -> None:
-    guest = xen.domains[DOMID]
-    guest.logging = True
-    guest.write(7, b"before")
-    log = DirtyLog(DOMID, 600, xen)
-    log.enable()
-    log.read_and_clean()
-    assert not any(log.bitmap)
-    log.close()
-
-
-def test_a_guest_without_a_dirty_log(xen: Any) -> None:
-    log = DirtyLog(DOMID, 600, xen)
-    xen.failing["xc_logdirty_control"] = (0, errno.EOPNOTSUPP)
-    with pytest.raises(UnsupportedGuest, match="hardware-assisted paging"):
-        log.enable()
-    calls = len(xen.calls)
-    log.close()  # was never on: nothing to switch off
-    assert "xc_logdirty_control" not in xen.calls[calls:]
-    assert not xen.buffers
-
-
-def test_other_refusals_keep_their_reason(xen: Any) -> None:
-    log = DirtyLog(DOMID, 600, xen)
-    xen.failing["xc_logdirty_control"] = (0, errno.ENOMEM)
-    for action in (log.enable, log.read_and_clean):
-        with pytest.raises(HypervisorError) as caught:
-            action()
-        assert caught.value.errno == errno.ENOMEM
-    log.close()
-
-
-def test_a_log_that_covers_fewer_frames_than_asked_for_is_an_error(
-    xen: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = DirtyLog(DOMID, 600, xen)
-    monkeypatch.setattr(FakeXen, "_xc_logdirty_control", lambda *_: 599)
-    with pytest.raises(HypervisorError, match="read and clean"):
-        log.read_and_clean()
-    monkeypatch.undo()
-    log.close()
-
-
-def test_switching_off_what_is_off_or_gone(xen: Any) -> None:
-    switch_off(DOMID, xen)
-    switch_off(99, xen)
-    xen.failing["xc_logdirty_control"] = (0, errno.EPERM)
-    with pytest.raises(HypervisorError, match="switch off"):
-        switch_off(DOMID, xen)
 
 
 # ---- Section: mappings ----

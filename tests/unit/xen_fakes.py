@@ -131,8 +131,8 @@ class FakeXen:
         self.khz = 2_000_000
         self.free_pages = 1 << 20
         self.release = SimpleNamespace(name="4.17")
-        self.xch = self.fmemh = self.callh = ffi.NULL
-        self.xc = self.guest = self.fmem = self.call = self
+        self.xch = self.fmemh = self.callh = self.modelh = ffi.NULL
+        self.xc = self.guest = self.fmem = self.call = self.model = self
         self.libc = _libc
 
     def __getattr__(self, name: str) -> Any:
@@ -292,15 +292,28 @@ class FakeXen:
             return 0
         if operation == 0:
             domain.logging = False
+            domain.logged.clear()
             return 0
+        # Xen does not ask whether the log is on.
         size = -(-pages // 8)
         bitmap = bytearray(size)
         for gfn in domain.logged:
             if gfn < pages:
                 bitmap[gfn // 8] |= 1 << gfn % 8
-        domain.logged.clear()
+        if operation == 11:
+            domain.logged.clear()
         ffi.buffer(buffer.hbuf, size)[:] = bytes(bitmap)
         return pages
+
+    def _xendevicemodel_modified_memory(
+        self, _handle: Any, domid: int, first: int, count: int
+    ) -> int:
+        domain = self._find(domid)
+        if domain is None:
+            return -1
+        if domain.logging:
+            domain.logged |= {gfn for gfn in range(first, first + count) if gfn in domain.places}
+        return 0
 
     # ---- libxenguest ----
 
