@@ -116,13 +116,20 @@ class DiskBuffer:
         return self.folder / "state"
 
     async def begin(
-        self, *, pair: str, peer: str, generation: int, differing: Iterable[Run] | None
+        self,
+        *,
+        pair: str,
+        peer: str,
+        generation: int,
+        differing: Iterable[Run] | None,
+        guest: str = "",
     ) -> None:
         """Open the stream: every change from now on is in it.
 
         :param pair: that of the two copies from now on
         :param peer: UUID of the other host
         :param differing: what the other host knows to differ; None: everything has to be copied
+        :param guest: UUID of the guest whose disk it is
         :raise DiskError: it cannot; nothing is written down
         """
         control = self._controlled()
@@ -133,7 +140,9 @@ class DiskBuffer:
             self._bitmap = fresh
         elif self._bitmap is None or self._bitmap.pair != pair:
             raise BitmapError("Only a pair whose differences are known can be brought up to date")
-        known = Metadata(Role.DISK, Fitness.CONSISTENT, self.size, pair, peer, generation)
+        known = Metadata(
+            Role.DISK, Fitness.CONSISTENT, self.size, pair, peer, generation, guest=guest
+        )
         await asyncio.to_thread(known.save, self._state / "state.json")
         await control.ask("load")
         runs = list(differing or ())

@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
-def replace(path: Path, parts: Iterable[bytes | bytearray]) -> None:
+def replace(
+    path: Path,
+    parts: Iterable[bytes | bytearray],
+    reached: Callable[[str], None] = lambda step: None,
+) -> None:
     """Replace a file by other contents; on return that is on stable storage.
 
+    :param reached: is told "write", "synced", "renamed" and "written" as they are
     :raise OSError: it could not be; the old file is as it was
     """
+    reached("write")
     new = path.with_name(path.name + ".new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -23,8 +29,11 @@ def replace(path: Path, parts: Iterable[bytes | bytearray]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    new.rename(path)
+    reached("synced")
+    new.replace(path)
+    reached("renamed")
     sync_folder(path.parent)
+    reached("written")
 
 
 def remove(path: Path) -> None:

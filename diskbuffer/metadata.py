@@ -41,6 +41,7 @@ class Metadata:
     :ivar pair: UUID of the pair of copies, "" for none
     :ivar peer: UUID of the other host, "" for none
     :ivar epoch: the last one known to be applied; may be behind
+    :ivar guest: UUID of the guest whose disk it is, "" if that is not known
     """
 
     role: Role
@@ -50,6 +51,7 @@ class Metadata:
     peer: str = ""
     generation: int = 0
     epoch: int = 0
+    guest: str = ""
 
     def save(self, path: Path) -> None:
         """Replace the file, durably.
@@ -84,6 +86,7 @@ def load(path: Path) -> Metadata | None:
             peer=_name(untrusted_values["peer"]),
             generation=_number(untrusted_values["generation"]),
             epoch=_number(untrusted_values["epoch"]),
+            guest=_name(untrusted_values.get("guest", "")),
         )
     except FileNotFoundError:
         return None
@@ -103,6 +106,35 @@ def _number(untrusted_value: Any) -> int:
 
 def _name(untrusted_value: Any) -> str:
     return str(uuid.UUID(untrusted_value)) if untrusted_value else ""
+
+
+def of_guest(base: Path, guest: str) -> list[Path]:
+    """Durable folders of a guest's disks; those that make no sense are nobody's.
+
+    :param base: as for :func:`state_folder`
+    :param guest: UUID
+    """
+    found = []
+    for folder in sorted(base.glob("*")):
+        try:
+            known = load(folder / "state.json")
+        except MetadataError:
+            continue
+        if known is not None and known.guest == guest:
+            found.append(folder)
+    return found
+
+
+def forget(folder: Path) -> None:
+    """Remove what is known of a disk, durably: its target is nobody's from then on (idempotent).
+
+    :raise MetadataError: something is still there
+    """
+    try:
+        for name in ("bitmap", "state.json"):
+            durable.remove(folder / name)
+    except OSError as error:
+        raise MetadataError(f"{folder} cannot be removed: {error.strerror}") from error
 
 
 def state_folder(target: Path, base: Path) -> Path:

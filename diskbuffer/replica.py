@@ -138,6 +138,7 @@ class Replica:
         new_pair: str,
         peer: str,
         generation: int,
+        guest: str = "",
         most_runs: int = bitmap.MAX_RUNS,
     ) -> Known:
         """Make this host's copy a replica, durably, before anything is written to it.
@@ -146,13 +147,14 @@ class Replica:
         :param pair: whose differences the primary knows, "" for none
         :param new_pair: name of the pair if everything has to be copied
         :param peer: UUID of the primary
+        :param guest: UUID of the guest whose disk it is
         :param most_runs: runs of differing chunks that may be told
         :return: what this host knew; ``pair`` is the one that is used from now on
         :raise DiskError: the target does not fit, or what is known cannot be written
         """
         self.known = await asyncio.to_thread(self._prepare, size, pair, new_pair, most_runs)
         self._metadata = Metadata(
-            Role.REPLICA, Fitness.SYNCING, size, self.known.pair, peer, generation
+            Role.REPLICA, Fitness.SYNCING, size, self.known.pair, peer, generation, guest=guest
         )
         await asyncio.to_thread(self._begin, self._metadata)
         self._worker = asyncio.create_task(self._work())

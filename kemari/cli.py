@@ -204,6 +204,24 @@ def failover(client: Client, domain: str) -> None:
 
 
 @cli.command()
+@click.argument("domain", shell_complete=_complete_guest)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Although it may be the only good copy.",
+)
+@_common
+def forget(client: Client, domain: str, force: bool) -> None:
+    """Forget DOMAIN, which has nothing to do with this host any more.
+
+    Its name goes from the list, and the copies of its disks are free for other use; their contents
+    stay as they are.
+    """
+    result = client.request("forget", {"domain": domain, "force": force})
+    client.show(result, lambda value: str(value["text"]))
+
+
+@cli.command()
 @click.argument("domain", required=False, shell_complete=_complete_guest)
 @_common
 def status(client: Client, domain: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Final
+from typing import Any, Final
 
 from checkpoint.driver import Hypervisor
 from checkpoint.errors import CheckpointError
@@ -20,6 +20,7 @@ from kemari.errors import KemariError, NoSuchProtection, Refused
 from kemari.host import WILDCARDS, Dial, Host, load_host_id, tls_contexts
 from kemari.journal import Journal
 from kemari.ledger import Ledger, Record, Role, answer_to_stand_down
+from kemari.leftovers import Leftovers
 from kemari.output import Network
 from kemari.peers import Peers
 from kemari.protection import Protection
@@ -216,6 +217,30 @@ class Daemon:
         await protection.stop("stopped, as asked", force=force)
         self.protections.pop(name, None)
         return f"{name} is no longer protected; its output flows freely"
+
+    async def forget(self, name: str, *, force: bool = False) -> dict[str, Any]:
+        """Remove what this host keeps of a guest that it has nothing to do with any more.
+
+        :param name: of the guest, or its UUID
+        :param force: although it may be the only good copy
+        :raise NoSuchProtection: nothing is kept
+        :raise Refused: the guest is protected or runs here, or needs ``force``
+        """
+        ledger = self.host.ledger
+        record = ledger.get(name) or ledger.by_name(name)
+        busy = name if record is None else record.guest
+        protection = self.protections.get(busy)
+        if protection is not None and not protection.machine.over:
+            doing = f"is {protection.state}, to {protection.standby}"
+        elif busy in self.again or busy in self.recoveries:
+            doing = "is to be protected again"
+        elif any(each.guest == busy for each in self.sessions.values()):
+            doing = "has this host as its standby"
+        elif record is None:
+            raise NoSuchProtection(f"{self.host.config.host} keeps nothing of {name}")
+        else:
+            return await Leftovers(self.host, self.peers, record).forget(force=force)
+        raise Refused(f"{busy} {doing}; expected it stopped before it is forgotten")
 
     def _forget_again(self, name: str) -> bool:
         task = self._trying.pop(name, None)

@@ -129,10 +129,14 @@ class SourceDisks:
             for number, disk in enumerate(self._disks)
         ]
 
-    async def begin(self, detail: dict[str, Any], peer: str, generation: int) -> list[str]:
+    async def begin(
+        self, detail: dict[str, Any], peer: str, guest: str, generation: int
+    ) -> list[str]:
         """Write all changes down from now on, and know what the standby lacks.
 
         :param detail: of PREPARED, untrusted
+        :param peer: UUID of the standby's host
+        :param guest: its UUID
         :return: a sentence for each disk that has to be copied whole
         :raise ProtocolError: the answer does not fit what was asked
         :raise CheckpointError: a server refuses
@@ -157,6 +161,7 @@ class SourceDisks:
                     pair=pair,
                     peer=peer,
                     generation=generation,
+                    guest=guest,
                     differing=None if full else zip(runs[::2], runs[1::2], strict=True),
                 )
             except DiskError as error:

@@ -16,7 +16,8 @@ from checkpoint.errors import CheckpointError
 from checkpoint.hello import Hello
 from checkpoint.link import Link, LinkOptions, PeerClosed
 from checkpoint.network import connect
-from kemari import __version__, durable
+from diskbuffer import durable
+from kemari import __version__
 from kemari.config import Address, Config, Tls
 from kemari.errors import ConfigError, KemariError, PeerUnreachable
 from kemari.journal import Journal
@@ -140,7 +141,8 @@ def load_host_id(path: Path) -> str:
         if path.exists():
             return str(uuid.UUID(path.read_text().strip()))
         host_id = str(uuid.uuid4())
-        durable.write(path, host_id + "\n")
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.replace(path, [f"{host_id}\n".encode()])
     except OSError as error:
         raise KemariError(f"{path} cannot be used: {error.strerror}") from error
     except ValueError as error:

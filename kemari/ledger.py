@@ -6,7 +6,7 @@ host knows; a takeover takes the next one.  The record is on disk before the act
 primary's before its first checkpoint, a standby's claim before the guest runs there.  So a host
 that comes back from a power cut finds in its own ledger what it must not run without asking.
 
-Records are replaced atomically and durably (:mod:`kemari.durable`).
+Records are replaced atomically and durably (:mod:`diskbuffer.durable`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.faultpoints import reach
-from kemari import durable
+from diskbuffer import durable
 from kemari.errors import KemariError
 
 #: A record is small; a bigger file is not one.
@@ -185,6 +185,19 @@ class Ledger:
         self._records[record.uuid] = record
         return record
 
+    def forget(self, uuid: str) -> None:
+        """Remove the record of a guest, durably (idempotent).
+
+        :raise LedgerError: it could not be removed
+        """
+        try:
+            durable.remove(self._folder / f"{uuid}.json")
+        except OSError as error:
+            raise LedgerError(
+                f"the ownership record {uuid} cannot be removed: {error.strerror}"
+            ) from error
+        self._records.pop(uuid, None)
+
     def update(self, uuid: str, **changes: Any) -> Record:
         """Replace fields of an existing record; as :meth:`put`."""
         return self.put(replace(self._records[uuid], **changes))
@@ -214,4 +227,5 @@ def _read(path: Path) -> Record:
 
 def _write(path: Path, record: Record) -> None:
     text = json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
-    durable.write(path, text, lambda step: reach(f"ledger-{step}"))
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    durable.replace(path, [text.encode()], lambda step: reach(f"ledger-{step}"))

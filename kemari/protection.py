@@ -234,7 +234,7 @@ class Protection:
         self._sender = Sender(link)
         options = {"host": host.config.host, "disks": self._disks.offer()} | asdict(self.options)
         detail = await self._sender.prepare(source.description, self.generation, options)
-        for text in await self._disks.begin(detail, self._standby_id, self.generation):
+        for text in await self._disks.begin(detail, self._standby_id, self.uuid, self.generation):
             self.note("disk", text)
         return self._sender
 

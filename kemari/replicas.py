@@ -50,12 +50,13 @@ class StandbyDisks:
         self.sealed = -1
 
     async def prepare(
-        self, untrusted_offer: Any, peer: str, generation: int
+        self, untrusted_offer: Any, peer: str, guest: str, generation: int
     ) -> list[dict[str, Any]]:
         """Make this host's copies replicas; what PREPARED says of them.
 
         :param untrusted_offer: ``options.disks`` of PREPARE
         :param peer: the primary's UUID
+        :param guest: the guest's UUID
         :raise CheckpointError: a target does not fit, with the sentence
         """
         if not isinstance(untrusted_offer, list) or len(untrusted_offer) > MAX_DISKS:
@@ -74,8 +75,15 @@ class StandbyDisks:
                     known = Known()
                 else:
                     most_runs = bitmap.MAX_RUNS // len(untrusted_offer)
-                    known = await self._join(
-                        number, fields, self._locate(target), size, peer, generation, most_runs
+                    replica = self._replica(number, self._locate(target))
+                    known = await replica.setup(
+                        size=size,
+                        pair=_name(fields, "pair"),
+                        new_pair=_new_pair(fields),
+                        peer=str(uuid.UUID(peer)),
+                        generation=generation,
+                        guest=guest,
+                        most_runs=most_runs,
                     )
             except (DiskError, Refused) as error:
                 raise CheckpointError(str(error)) from error
@@ -95,30 +103,11 @@ class StandbyDisks:
         if here != size:
             raise Refused(f"{target} has {here} bytes on this host, expected {size}")
 
-    async def _join(
-        self,
-        number: int,
-        fields: Fields,
-        target: Path,
-        size: int,
-        peer: str,
-        generation: int,
-        most_runs: int,
-    ) -> Known:
-        pair, new_pair = _name(fields, "pair"), _name(fields, "new_pair")
-        if not new_pair:
-            raise ProtocolError("PREPARE has a disk without a name for a new pair")
+    def _replica(self, number: int, target: Path) -> Replica:
         state = state_folder(target, self._paths.state / "disks")
         replica = Replica(target, state, on_applied=functools.partial(self._applied, number))
         self._replicas[number] = replica
-        return await replica.setup(
-            size=size,
-            pair=pair,
-            new_pair=new_pair,
-            peer=str(uuid.UUID(peer)),
-            generation=generation,
-            most_runs=most_runs,
-        )
+        return replica
 
     def _applied(self, number: int, epoch: int, batches: int) -> None:
         self._report(epoch, number, batches)
@@ -198,3 +187,10 @@ def _name(fields: Fields, key: str) -> str:
         return str(uuid.UUID(text)) if text else ""
     except ValueError:
         raise ProtocolError(f"{fields.where} has no UUID {key!r}") from None
+
+
+def _new_pair(fields: Fields) -> str:
+    name = _name(fields, "new_pair")
+    if not name:
+        raise ProtocolError("PREPARE has a disk without a name for a new pair")
+    return name

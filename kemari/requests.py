@@ -14,6 +14,7 @@ from kemari.config import COMPRESSIONS, Options
 from kemari.control import Progress
 from kemari.errors import NoSuchProtection, Refused
 from kemari.ledger import Record, Role
+from kemari.leftovers import disk_folders
 
 if TYPE_CHECKING:
     from kemari.daemon import Daemon
@@ -67,6 +68,7 @@ class Requests:
             "start": self._start,
             "stop": self._stop,
             "failover": self._failover,
+            "forget": self._forget,
             "status": self._status,
             "list": self._list,
             "log": self._log,
@@ -157,6 +159,10 @@ class Requests:
             "seconds": round(time.monotonic() - started, 3),
         }
 
+    async def _forget(self, arguments: Arguments, progress: Progress) -> Any:
+        name = await self._daemon.name_of(arguments.text("domain"))
+        return await self._daemon.forget(name, force=arguments.flag("force"))
+
     async def _status(self, arguments: Arguments, progress: Progress) -> Any:
         wanted = arguments.text("domain", "")
         if not wanted:
@@ -187,13 +193,20 @@ class Requests:
             if record.guest in known:
                 continue
             took_over = record.role is Role.OWNER and record.came_from and record.guest in here
-            if record.role is Role.MOVED or took_over:
+            if record.role is Role.MOVED or took_over or await self._keeps_disks(record):
                 found.append(_remembered(record))
         for status in found:
             status["host"] = daemon.host.config.host
             record_of = daemon.host.ledger.get(status["uuid"])
             status["came_from"] = record_of.came_from if record_of else ""
         return sorted(found, key=lambda status: str(status["guest"]))
+
+    async def _keeps_disks(self, record: Record) -> bool:
+        """Whether this host stood by for a guest, and its disks' copies are still nobody else's."""
+        paths = self._daemon.host.config.paths
+        return record.role is Role.RELEASED and bool(
+            await asyncio.to_thread(disk_folders, paths, record)
+        )
 
     async def _log(self, arguments: Arguments, progress: Progress) -> Any:
         guest = arguments.text("domain", "")
@@ -220,12 +233,15 @@ class _Forget:
 
 def _remembered(record: Record) -> dict[str, Any]:
     """The status of a guest that only the ledger knows, or that is to be protected again."""
-    moved = record.role is Role.MOVED
+    role, state = {
+        Role.MOVED: ("moved", "moved"),
+        Role.RELEASED: ("none", "released"),
+    }.get(record.role, ("owner", "unprotected"))
     return {
         "guest": record.guest,
         "uuid": record.uuid,
-        "role": "moved" if moved else "owner",
-        "state": "moved" if moved else "unprotected",
+        "role": role,
+        "state": state,
         "protected": False,
         "peer": record.peer,
         "generation": record.generation,

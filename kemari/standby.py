@@ -223,7 +223,7 @@ class StandbySession:
         reach("standby-recorded")
         # Before the shell, whose hotplug script asks whether this host's copy may be written.
         offer = options.get("disks", [])
-        answers = await self._disks.prepare(offer, self.primary_id, generation)
+        answers = await self._disks.prepare(offer, self.primary_id, self.uuid, generation)
         self._shell = await asyncio.to_thread(host.hypervisor.create_shell, description)
         reach("shell-built")
         self.why = "first copy under way"

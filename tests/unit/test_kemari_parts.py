@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kemari import durable
+from diskbuffer import durable
 from kemari.control import MAX_REQUEST, ControlServer, Progress, request
 from kemari.deadline import Deadline
 from kemari.errors import DaemonUnreachable, KemariError, NoSuchProtection, Refused
@@ -279,14 +279,14 @@ def test_what_is_noted_after_a_power_cut_can_be_read(tmp_path: Path, tail: bytes
 
 
 def test_a_file_is_the_old_or_the_new_one_at_every_step(tmp_path: Path) -> None:
-    path = tmp_path / "new-folder" / "file"
+    path = tmp_path / "file"
     seen: list[tuple[str, str | None]] = []
 
     def look(step: str) -> None:
         seen.append((step, path.read_text() if path.exists() else None))
 
-    durable.write(path, "old", look)
-    durable.write(path, "new", look)
+    durable.replace(path, [b"o", b"ld"], look)
+    durable.replace(path, [b"new"], look)
     assert seen == [
         ("write", None),
         ("synced", None),
