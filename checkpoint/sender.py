@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _FLUSH = 1 << 16
 """Payloads of so many bytes are sent before the next is asked for."""
 
 
-Writes = Iterable[tuple[int, Buffer]]
+Writes = AsyncGenerator[tuple[int, Buffer], None]
 """(number of the disk, whole records) for each WRITES frame."""
 
 
@@ -128,13 +128,12 @@ class Sender:
                 await self.link.flush()
         return self._totals.wire_bytes - before
 
-    async def send_base_writes(self, writes: Writes) -> None:
-        """Send records of the disks while the base copy goes on; paced as :meth:`send_base`."""
+    async def send_base_writes(self, disk: int, records: Buffer) -> None:
+        """Send records of a disk while the base copy goes on; paced as :meth:`send_base`."""
         state = Runstate.BASE
         async with self._step("send_base_writes", (state,), state, state):
-            for disk, records in writes:
-                self._put_writes(0, disk, records)
-                await self.link.flush()
+            self._put_writes(0, disk, records)
+            await self.link.flush()
 
     async def finish_base(self) -> None:
         """End the base copy; returns when the standby has all of it in the shell."""
@@ -149,7 +148,7 @@ class Sender:
         batches: Iterable[Coded],
         state: Coded,
         captured_ns: int,
-        writes: Writes = (),
+        writes: Writes | None = None,
     ) -> Sent:
         """Send one epoch and wait until the standby has acknowledged it.
 
@@ -158,7 +157,7 @@ class Sender:
 
         :param epoch: one more than :attr:`acked`
         :param captured_ns: ``time.monotonic_ns()`` when the guest was paused for it
-        :param writes: records of the disks that belong to it
+        :param writes: records of the disks that belong to it; taken as fast as they can be sent
         """
         self._check_epoch(epoch)
         begin = time.monotonic_ns()
@@ -169,10 +168,11 @@ class Sender:
                 self._put_pages(epoch, batch)
                 if len(batch.payload) >= _FLUSH:
                     await self.link.flush()
-            for disk, records in writes:
-                self._put_writes(epoch, disk, records)
-                if len(records) >= _FLUSH:
-                    await self.link.flush()
+            if writes is not None:
+                async for disk, records in writes:
+                    self._put_writes(epoch, disk, records)
+                    if len(records) >= _FLUSH:
+                        await self.link.flush()
             self._put_state(epoch, state)
             await self._commit(epoch, max(0, time.monotonic_ns() - captured_ns))
             sent = time.monotonic_ns()
@@ -186,9 +186,8 @@ class Sender:
         state: Coded,
         captured_ns: int,
         acked: Callable[[Sent], None],
-        writes: Writes = (),
     ) -> None:
-        """As :meth:`send_epoch`, for a small epoch: waits for nothing.
+        """As :meth:`send_epoch`, for a small epoch without disk writes: waits for nothing.
 
         ``acked`` is called in the event loop's callback that received the ACK.  It is not called
         when the connection ends before; :meth:`Link.wait_closed` tells of that.
@@ -202,8 +201,6 @@ class Sender:
         try:
             for batch in batches:
                 self._put_pages(epoch, batch)
-            for disk, records in writes:
-                self._put_writes(epoch, disk, records)
             self._put_state(epoch, state)
             self._put_commit(epoch, max(0, time.monotonic_ns() - captured_ns))
             self._awaited = _Awaited(epoch, acked, begin, time.monotonic_ns())

@@ -79,7 +79,7 @@ class DiskBuffer:
     async def open(self) -> None:
         """Reach the server, and see whether its bitmap can be believed.
 
-        :raise ServerError: there is none, or it is of another version
+        :raise ServerError: there is none, it is of another version, or its queue is too long
         """
         try:
             self._page = await asyncio.to_thread(StatusPage, self.folder / "status")
@@ -87,6 +87,11 @@ class DiskBuffer:
             version, self.size, _flags = await self._control.ask("hello")
             if version != 1:
                 raise ServerError(f"The disk's server speaks version {version}, expected 1")
+            if self.figures().limit > stream.QUEUE_BYTES:
+                raise ServerError(
+                    f"The disk's server has a queue of {self.figures().limit} bytes, expected at "
+                    f"most {stream.QUEUE_BYTES}: more may be in one epoch than a replica takes"
+                )
             self._bitmap = await asyncio.to_thread(self._believable)
         except BaseException:
             await self.teardown()

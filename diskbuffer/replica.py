@@ -13,7 +13,7 @@ Invariants:
 1. what is on the target is a prefix of the stream, and once consistent the prefix of an epoch or,
    while that is being applied, a part of the next one that a flush could have ended;
 2. nothing that is not sealed is applied, but for epoch 0, which nobody runs from;
-3. at most ``budget`` bytes wait, or one epoch of at most :data:`EPOCH_BYTES`.
+3. at most ``budget`` bytes wait, or one epoch of at most :data:`diskbuffer.stream.EPOCH_BYTES`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,12 @@ from diskbuffer.backing import Backing
 from diskbuffer.bitmap import Bitmap, Run
 from diskbuffer.errors import BitmapError, DiskError, MetadataError, RecordError, ReplicaError
 from diskbuffer.metadata import Fitness, Metadata, Role
-from diskbuffer.stream import Buffer, Record
+from diskbuffer.stream import EPOCH_BYTES, Buffer, Record
 
 _log = logging.getLogger(__name__)
 
 BUDGET: Final = 256 << 20
 """Bytes of records that wait for a replica's disk."""
-EPOCH_BYTES: Final = 128 << 20
-"""Bytes of records in one epoch; the primary's queue holds half of it."""
 FLUSH_BYTES: Final = 32 << 20
 """While copying, so many bytes are applied between two flushes."""
 

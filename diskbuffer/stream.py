@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from diskbuffer.errors import RecordError
 
@@ -21,6 +21,12 @@ HEAD = struct.Struct("<BBHIQQII")
 
 MAX_PAYLOAD = 1 << 20
 """Bytes of payload of one record."""
+
+EPOCH_BYTES: Final = 128 << 20
+"""Bytes of records of one disk in one epoch, at most."""
+
+QUEUE_BYTES: Final = EPOCH_BYTES // 2
+"""Bytes that a server's queue may have: one epoch may have all of it, and what is in the socket."""
 
 _CRC_OFFSET = HEAD.size - 4
 _CRC = struct.Struct("<I")

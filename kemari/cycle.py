@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from contextlib import aclosing
 from typing import Any, Final, Protocol
 
 from checkpoint.codec import Coded, Encoder
@@ -344,8 +345,10 @@ class Cycle:
             batches = await asyncio.to_thread(self._encode)
             state = self._encoder.encode_state(self._staging.state)
             encode_ns = time.monotonic_ns() - began
-            writes = await self._disks.read(pending)
-            sent = await self._sender.send_epoch(number, batches, state, self._captured_ns, writes)
+            async with aclosing(self._disks.read(pending)) as writes:
+                sent = await self._sender.send_epoch(
+                    number, batches, state, self._captured_ns, writes
+                )
         except CheckpointError as error:
             self._send_failed(error)
         else:

@@ -21,10 +21,11 @@ from typing import Any, Final
 
 from checkpoint.driver import Disk
 from checkpoint.errors import CheckpointError, ProtocolError
-from checkpoint.sender import Sender
+from checkpoint.sender import Sender, Writes
 from checkpoint.wire import Fields
 from diskbuffer.disk import DiskBuffer
 from diskbuffer.errors import DiskError, ServerError
+from diskbuffer.stream import EPOCH_BYTES
 from kemari.copying import DiskCopy, Progress
 from kemari.errors import Refused
 
@@ -213,7 +214,7 @@ class SourceDisks:
         for stream in self._streams:
             async for batch in stream.buffer.read(stream.buffer.position()):
                 self._note(stream)
-                await sender.send_base_writes([(stream.number, batch)])
+                await sender.send_base_writes(stream.number, batch)
 
     async def end_base(self) -> None:
         """Send no more records with epoch 0: what comes now belongs to the first epoch.
@@ -244,18 +245,22 @@ class SourceDisks:
             if stream.boundary > stream.buffer.taken
         ]
 
-    async def read(self, pending: Pending) -> list[tuple[int, bytes]]:
-        """Its records, for :class:`checkpoint.sender.Sender`.
+    async def read(self, pending: Pending) -> Writes:
+        """Its records, for :class:`checkpoint.sender.Sender`, which takes one batch at a time.
 
-        :raise CheckpointError: the stream ended before
+        :raise CheckpointError: the stream ended before, or an epoch is too big for the standby
         """
-        batches = []
         with _as_checkpoint_errors():
             for stream, boundary in pending:
+                size = boundary - stream.buffer.taken
+                if size > EPOCH_BYTES:
+                    raise CheckpointError(
+                        f"{stream.disk.vdev} has {size} bytes of records in one epoch; expected "
+                        f"at most {EPOCH_BYTES}"
+                    )
                 async for batch in stream.buffer.read(boundary):
                     self._note(stream)
-                    batches.append((stream.number, batch))
-        return batches
+                    yield stream.number, batch
 
     def _note(self, stream: _Stream) -> None:
         stream.batches += 1

@@ -163,6 +163,29 @@ def test_a_disk_that_nobody_serves_is_refused(folder: Path) -> None:
             pair.protect()
 
 
+def test_a_queue_that_holds_more_than_an_epoch_may_have_is_refused(folder: Path) -> None:
+    pair = DiskPair(folder)
+    pair.sides["a"].serve(queue="65M")
+    with pair, pytest.raises(Refused, match="a queue of 68157440 bytes, expected at most 67108864"):
+        pair.protect()
+
+
+def test_an_epoch_with_more_records_than_one_may_have_ends_the_protection(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = DiskPair(folder, resume=False)
+    pair.sides["a"].serve()
+    with pair:
+        pair.protect()
+        pair.talk(3)
+        monkeypatch.setattr("kemari.disks.EPOCH_BYTES", 512)
+        pair.talk(3)
+        await_true(lambda: "unprotected" in pair.a.events("web"), "the protection has ended")
+        log = str(pair.a.request("log", domain="web"))
+        assert "bytes of records in one epoch; expected at most 512" in log
+        pair.check_answers()
+
+
 def test_a_target_of_another_size_is_refused(pair: DiskPair) -> None:
     os.truncate(pair.sides["b"].server.target, 2 * SIZE)
     with pytest.raises(KemariError, match="has 16777216 bytes on this host, expected 8388608"):
