@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from diskbuffer.errors import ServerError
+from diskbuffer.errors import ServerError, ServerGone
 
 ANSWER_SECONDS = 60.0
 """An answer may wait for the disk, e.g. for a flush of the bitmap."""
@@ -40,12 +40,12 @@ class Control:
     async def connect(cls, path: Path, news: Callable[[str], None]) -> Control:
         """Connect to the server whose control socket is ``path``.
 
-        :raise ServerError: nobody listens there
+        :raise ServerGone: nobody listens there
         """
         try:
             reader, writer = await asyncio.open_unix_connection(path, limit=_LINE)
         except OSError as error:
-            raise ServerError(
+            raise ServerGone(
                 f"No disk server answers at {path}: {error.strerror}; expected the one that "
                 "block-kemari starts"
             ) from None

@@ -50,7 +50,8 @@ class DiskBuffer:
     """One disk.  For one event loop; calls of one object one at a time, but for :meth:`position`.
 
     :param folder: the run folder of the disk's server, e.g. ``/run/kemari/disks/3-51712``
-    :param news: called in the event loop with ``full``, ``synced``, or ``lost`` and a sentence
+    :param news: called in the event loop with ``full``, ``synced``, or ``lost`` or ``ended`` and a
+        sentence: changes are not written down any more, or the server is gone
     :ivar size: of the disk, bytes; known after :meth:`open`
     :ivar taken: bytes of the stream that :meth:`read` has given out
     """
@@ -278,7 +279,7 @@ class DiskBuffer:
     def _heard(self, line: str) -> None:
         event, _, text = line.partition(" ")
         if event == "closed":
-            event, text = "lost", f"The server of {self.target or self.folder} has ended"
-        if event == "lost":
+            event, text = "ended", f"The server of {self.target or self.folder} has ended"
+        if event in ("lost", "ended"):
             self._why = text
         self._news(event, text)

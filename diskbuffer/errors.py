@@ -5,6 +5,7 @@
 
     DiskError                   may be shown to an administrator as it is
     ├── ServerError             the disk's server refused a request, or cannot be reached
+    │   └── ServerGone          there is none
     ├── StreamLost              changes are no longer written down: a copy must begin anew
     ├── RecordError             a record is not as docs/disk.md says (ValueError too)
     ├── BitmapError             a bitmap cannot be believed: everything has to be copied
@@ -23,6 +24,10 @@ class DiskError(Exception):
 
 class ServerError(DiskError):
     """The disk's server refused a request, or cannot be reached."""
+
+
+class ServerGone(ServerError):
+    """The disk has no server: it has ended, or was never started."""
 
 
 class StreamLost(DiskError):

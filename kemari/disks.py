@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import uuid
@@ -24,7 +25,7 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.sender import Sender, Writes
 from checkpoint.wire import Fields
 from diskbuffer.disk import DiskBuffer
-from diskbuffer.errors import DiskError, ServerError
+from diskbuffer.errors import DiskError, ServerError, ServerGone
 from diskbuffer.stream import EPOCH_BYTES
 from kemari.copying import DiskCopy, Progress
 from kemari.errors import Refused
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 PUMP: Final = 0.02
 #: Seconds between two words to a disk's server that the standby has more of it.
 TELL: Final = 1.0
+#: What helps a guest whose disk has lost its server: block-kemari makes a new one.
+CURE: Final = "expected the guest to be shut down and started again, which starts a new server"
 
 
 @dataclass(slots=True)
@@ -67,17 +70,23 @@ class SourceDisks:
     :param run: folder of kemari's sockets; ``disks/`` in it has one folder for each served disk
     :param locate: where a target is on this host
     :param lost: called with a sentence when changes of a disk are not written down any more
+    :param note: puts an event and a sentence into the event log
     :ivar full: called when so much waits that a checkpoint should be taken at once
     """
 
     def __init__(
-        self, run: Path, locate: Callable[[str], Path], lost: Callable[[str], None]
+        self,
+        run: Path,
+        locate: Callable[[str], Path],
+        lost: Callable[[str], None],
+        note: Callable[[str, str], None],
     ) -> None:
         self._disks: list[Disk] = []
         self._run = run
         self._locate = locate
         self.full: Callable[[], None] = lambda: None
         self._lost = lost
+        self._note_event = note
         self._streams: list[_Stream] = []
         self._sizes: list[int] = []
         self._new_pairs: list[str] = []
@@ -106,13 +115,15 @@ class SourceDisks:
     async def _open(self, disk: Disk) -> DiskBuffer:
         why = "block-kemari does not serve it"
         for folder in await asyncio.to_thread(servers, self._run, self._locate(disk.target)):
-            buffer = DiskBuffer(folder, self._heard)
+            buffer = DiskBuffer(folder, functools.partial(self._heard, disk))
             try:
                 await buffer.open()
+            except ServerGone:
+                why = f"its server, nbdkit, has ended; {CURE}"
             except ServerError as error:
                 why = str(error)
-                continue
-            return buffer
+            else:
+                return buffer
         raise Refused(f"The disk {disk.vdev} ({disk.target}) cannot be replicated: {why}")
 
     def offer(self) -> list[dict[str, Any]]:
@@ -289,13 +300,21 @@ class SourceDisks:
 
     # ---- The end ----
 
-    def _heard(self, event: str, text: str) -> None:
+    def _heard(self, disk: Disk, event: str, text: str) -> None:
         if self._closing:
             return
         if event == "full":
             self.full()
-        elif event == "lost":
-            self._lost(text)
+        if event not in ("lost", "ended"):
+            return
+        name = f"disk {disk.vdev} ({disk.target})"
+        why = (
+            f"nbdkit, the server of {name}, has ended and the guest gets errors from it; {CURE}"
+            if event == "ended"
+            else f"changes of {name} are not written down any more: {text}"
+        )
+        self._note_event("disk-lost", why)
+        self._lost(why)
 
     def status(self) -> list[dict[str, Any]]:
         """Figures of each disk that is replicated, for ``kemari status``."""

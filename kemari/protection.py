@@ -90,7 +90,7 @@ class Protection:
         self._sender: Sender | None = None
         self._output: Output | None = None
         self._cycle: Cycle | None = None
-        self._disks = SourceDisks(host.config.paths.run, host.locate, self.link_lost)
+        self._disks = SourceDisks(host.config.paths.run, host.locate, self.link_lost, self.note)
 
     # ---- Section: what the daemon calls ----
 

@@ -38,6 +38,8 @@ def _status(status: Status) -> str:
         lines.append(f"  epoch       {status['epoch']}")
     if status["state"] in ("copying", "connecting") and "progress" in status:
         lines += _first_copy(status["progress"])
+    else:
+        lines += [_disk_figures(disk) for disk in status.get("disks", ())]
     figures = status.get("statistics")
     if figures and figures.get("checkpoints"):
         lines += _figures(figures)
@@ -132,6 +134,13 @@ def _disk(copy: dict[str, Any]) -> str:
     total = copy["total"]
     done = total - copy["left"]
     return f"disk {copy['vdev']}: {_share(done, total)}, {_mib(done)} of {_mib(total)} MiB"
+
+
+def _disk_figures(disk: dict[str, Any]) -> str:
+    return (
+        f"  disk        {disk['vdev']} ({disk['target']}): {_size(disk['unconfirmed'])} not yet on "
+        f"the standby's disk, {disk['waits']} waits, {disk['errors']} errors"
+    )
 
 
 def _share(done: int, total: int) -> str:

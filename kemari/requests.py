@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.driver import Disk
 from kemari import __version__
 from kemari.config import COMPRESSIONS, Options
 from kemari.control import Progress
+from kemari.disks import SourceDisks
 from kemari.errors import NoSuchProtection, Refused
 from kemari.ledger import Record, Role
 from kemari.leftovers import disk_folders
@@ -110,7 +112,17 @@ class Requests:
             return {"guest": name, "state": known.state}
         # Not tracked, so there is nothing to undo; untrack would let a paused guest run.
         source = await asyncio.to_thread(self._daemon.host.hypervisor.open_source, domain)
+        await self._check_disks(source.disks)
         return {"guest": source.description.name, "pages": source.description.pages}
+
+    async def _check_disks(self, disks: Sequence[Disk]) -> None:
+        """:raise Refused: one of them has no server that could replicate it"""
+        host = self._daemon.host
+        found = SourceDisks(host.config.paths.run, host.locate, lambda why: None, _no_event)
+        try:
+            await found.open(disks)
+        finally:
+            await found.teardown()
 
     async def _start(self, arguments: Arguments, progress: Progress) -> Any:
         config = self._daemon.host.config
@@ -222,6 +234,10 @@ class Requests:
         )
         with contextlib.closing(_Forget(forget)):
             await asyncio.get_running_loop().create_future()
+
+
+def _no_event(event: str, text: str) -> None:
+    """Nobody is told: a disk was only looked at."""
 
 
 class _Forget:

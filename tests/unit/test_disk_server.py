@@ -224,7 +224,7 @@ def test_a_killed_server_loses_no_mark(server: DiskServer, tmp_path: Path) -> No
             await until(lambda: server.figures().dirty == 0)
             await do(client.write, 3 * CHUNK, b"speculative")
             await asyncio.to_thread(server.stop, signal.SIGKILL)
-            await until(lambda: "lost" in pair.heard)
+            await until(lambda: "ended" in pair.heard)
         marks = bitmap.load(server.bitmap, SIZE)
         assert marks is not None
         assert marks.runs() == [(3, 1)]

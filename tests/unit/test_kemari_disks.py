@@ -152,6 +152,18 @@ def test_a_server_that_dies_ends_the_protection_not_the_guest(folder: Path) -> N
         await_true(lambda: "unprotected" in pair.a.events("web"), "the protection has ended")
         pair.talk(3)
         pair.check_answers()
+        (said,) = [e["text"] for e in pair.a.request("log") if e["event"] == "disk-lost"]
+        assert said.startswith("nbdkit, the server of disk xvda (/dev/vg0/web), has ended and the")
+        cure = "; expected the guest to be shut down and started again, which starts a new server"
+        assert said.endswith(cure)
+        assert pair.a.status("web")["why"] == said
+        with pytest.raises(Refused, match="cannot be replicated: its server, nbdkit, has ended"):
+            pair.a.request("check", domain="web")
+        with pytest.raises(Refused, match=r"The disk xvda \(/dev/vg0/web\) cannot be replicated"):
+            pair.protect()
+        side.serve()
+        pair.a.request("check", domain="web")
+        pair.protect()
 
 
 def test_a_disk_that_nobody_serves_is_refused(folder: Path) -> None:

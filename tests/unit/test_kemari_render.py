@@ -67,6 +67,26 @@ def test_the_status_tells_how_far_each_disk_is() -> None:
     assert lines[-1] == "              3 s"
 
 
+def test_the_status_has_a_line_for_each_disk() -> None:
+    disk = {"vdev": "xvda", "target": "/dev/vg0/web", "unconfirmed": 3 * MIB, "waits": 2}
+    status = {
+        "guest": "web",
+        "role": "primary",
+        "state": "protected",
+        "protected": True,
+        "peer": "b",
+        "host": "a",
+        "generation": 3,
+        "since": 0.0,
+        "why": "b holds a complete copy",
+        "progress": figures(DiskCopy("xvda", 8 * MIB, 0)),
+        "disks": [disk | {"errors": 0}],
+    }
+    assert statuses([status]).splitlines()[-1] == (
+        "  disk        xvda (/dev/vg0/web): 3.0 MiB not yet on the standby's disk, 2 waits, 0 errors"
+    )
+
+
 def test_what_was_copied_is_told_in_the_end() -> None:
     status = {"guest": "web", "peer": "b", "protected": True}
     memory = status | {"progress": figures(wire_bytes=MIB)}
