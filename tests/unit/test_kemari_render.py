@@ -83,7 +83,7 @@ def test_the_status_has_a_line_for_each_disk() -> None:
         "disks": [disk | {"errors": 0}],
     }
     last = statuses([status]).splitlines()[-1]
-    assert last.startswith("  disk        xvda (/dev/vg0/web): 3.0 MiB not yet on the standby's disk")
+    assert last.startswith("  disk        xvda (/dev/vg0/web): 3.0 MiB not yet on the")
     assert last.endswith(", 2 waits, 0 errors")
 
 
