@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.protection_world import World
 from vagrant.lablib.command import extend_path
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.lab import DEFAULT_SUITE, REPOSITORY, Lab, Options
@@ -48,6 +49,20 @@ def fresh_lab(lab: Lab) -> Lab:
     """The lab, ready: links plugged, both hosts up, no guest, kemarid without a memory."""
     lab.reset()
     return lab
+
+
+@pytest.fixture(scope="module")
+def shared_world(lab: Lab) -> Iterator[World]:
+    """A module's protected guest."""
+    world = World(lab)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
+    """The world as the last test has left it; new after one that failed."""
+    yield from shared_world.for_test(request)
 
 
 @pytest.hookimpl(hookwrapper=True)

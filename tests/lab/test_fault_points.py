@@ -8,14 +8,13 @@ make a chain: each restart takes the next one, under clients that talk all the w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 
 from tests.lab.faults import armed, clients, freshly_protected, well_again
 from tests.lab.protection_world import Pair, World
 from vagrant.lablib.guest import NAME as GUEST
-from vagrant.lablib.lab import Lab
 
 #: For `make prove`, not for `make check`.
 pytestmark = pytest.mark.long
@@ -62,19 +61,6 @@ MOVE = (
     *(("standby", point) for point in ("revived", "takeover-recorded", "put-running")),
     *(("standby", point) for point in ("announce", "announced")),
 )
-
-
-@pytest.fixture(scope="module")
-def shared_world(lab: Lab) -> Iterator[World]:
-    world = World(lab)
-    yield world
-    world.close()
-
-
-@pytest.fixture
-def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
-    """The world as the last test has left it; new after one that failed."""
-    yield from shared_world.for_test(request)
 
 
 CHAINS = {

@@ -8,14 +8,11 @@ never died.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.lab.faults import armed, clients, freshly_protected, well_again
 from tests.lab.protection_world import World
 from vagrant.lablib.guest import NAME as GUEST
-from vagrant.lablib.lab import Lab
 
 #: For `make prove`, not for `make check`.
 pytestmark = pytest.mark.long
@@ -32,19 +29,6 @@ FAULTS = (
     ("standby", "ack-sent:kill:60", True),
     ("standby", "epoch-complete:stall:5:60", False),
 )
-
-
-@pytest.fixture(scope="module")
-def shared_world(lab: Lab) -> Iterator[World]:
-    world = World(lab)
-    yield world
-    world.close()
-
-
-@pytest.fixture
-def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
-    """The world as the last test has left it; new after one that failed."""
-    yield from shared_world.for_test(request)
 
 
 @pytest.mark.parametrize(("side", "fault", "anew"), FAULTS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,7 +18,6 @@ from vagrant.demolib.hosts import domains
 from vagrant.demolib.talk import Talk
 from vagrant.demolib.verdict import Cut, Verdict, judge
 from vagrant.lablib.guest import NAME as GUEST
-from vagrant.lablib.lab import Lab
 
 CUTS = int(os.environ.get("KEMARI_LAB_CUTS", "3"))
 REFUSED, UNREACHABLE = 1, 5
@@ -32,19 +30,6 @@ FAILOVER_LIMIT = 10.0
 LOSS_LIMIT = 10.0
 #: Seconds by which a guest's clocks may change, seen through single requests.
 CLOCK_LIMIT = 0.5
-
-
-@pytest.fixture(scope="module")
-def shared_world(lab: Lab) -> Iterator[World]:
-    world = World(lab)
-    yield world
-    world.close()
-
-
-@pytest.fixture
-def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
-    """The world as the last test has left it; new after one that failed."""
-    yield from shared_world.for_test(request)
 
 
 def survived(talk: Talk, *cuts: Cut) -> Verdict:

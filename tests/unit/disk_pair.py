@@ -98,6 +98,16 @@ class Pair:
         await until(lambda: bool(self.reports) and self.reports[-1][1] == len(self.batches))
         await self.disk.applied(self.disk.taken)
 
+    async def equalise(self) -> None:
+        """Join, copy everything, and wait until no chunk is marked any more."""
+        await self.begin()
+        await self.sync()
+        await self.settle()
+        # Bits are cleared a cycle after the standby has everything.
+        await self.seal()
+        await self.settle()
+        await until(lambda: self.server.figures().dirty == 0)
+
     async def end(self) -> None:
         await self.disk.teardown()
         await self.replica.close()

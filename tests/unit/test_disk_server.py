@@ -164,13 +164,7 @@ def test_only_what_differs_is_copied_again(server: DiskServer, tmp_path: Path) -
     async def body() -> None:
         client = await asyncio.to_thread(lambda: server.start(clean=0.02))
         async with joined(server, tmp_path) as pair:
-            await pair.begin()
-            await pair.sync()
-            await pair.settle()
-            # Bits are cleared a cycle after the standby has everything.
-            await pair.seal()
-            await pair.settle()
-            await until(lambda: server.figures().dirty == 0)
+            await pair.equalise()
         await do(client.write, 7 * CHUNK, b"while nobody listens")
         async with joined(server, tmp_path) as pair:
             assert await pair.begin() == ""
@@ -216,12 +210,7 @@ def test_a_killed_server_loses_no_mark(server: DiskServer, tmp_path: Path) -> No
     async def body() -> None:
         client = await asyncio.to_thread(lambda: server.start(clean=0.02))
         async with joined(server, tmp_path) as pair:
-            await pair.begin()
-            await pair.sync()
-            await pair.settle()
-            await pair.seal()
-            await pair.settle()
-            await until(lambda: server.figures().dirty == 0)
+            await pair.equalise()
             await do(client.write, 3 * CHUNK, b"speculative")
             await asyncio.to_thread(server.stop, signal.SIGKILL)
             await until(lambda: "ended" in pair.heard)
@@ -370,12 +359,7 @@ def test_a_bitmap_that_cannot_be_written_ends_the_stream_not_the_guest(
         await asyncio.to_thread(lambda: server.launch(limit=6000, clean=0.02))
         client = server.connect()
         async with joined(server, tmp_path) as pair:
-            await pair.begin()
-            await pair.sync()
-            await pair.settle()
-            await pair.seal()
-            await pair.settle()
-            await until(lambda: server.figures().dirty == 0)
+            await pair.equalise()
             await do(client.write, 0, b"the guest goes on")
             await until(lambda: "lost" in pair.heard)
             with pytest.raises(StreamLost, match="cannot be written"):

@@ -31,6 +31,7 @@ from tests.unit.xen_guest import (
     STORE_GFN,
     TX,
     Rig,
+    tracked,
 )
 
 CLEAN = 11
@@ -40,11 +41,7 @@ GTF_WRITING = 0x10
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
     """A guest that is tracked, its first copy done."""
-    made = Rig(monkeypatch)
-    made.source.track()
-    assert sum(len(batch) for batch in made.source.base_round()) == made.pages
-    made.xen.calls.clear()
-    return made
+    return tracked(monkeypatch)
 
 
 def on_clean(rig: Rig, action: object) -> None:
@@ -121,6 +118,7 @@ def test_output_is_closed_after_backends_answered_and_before_the_log_is_read(rig
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rings, "answered", answer)
+        patch.setattr(source, "_QUIET_BOUND", dict.fromkeys(Kind, 60.0))
         on_clean(rig, lambda: looks.append(rig.closed + 10))
         rig.capture()
     assert looks == [0, 0, 0, 11]

@@ -25,6 +25,7 @@ from tests.unit.xen_guest import (
     TX,
     VIF,
     Rig,
+    tracked,
 )
 
 GTF_WRITING = 0x10
@@ -33,11 +34,7 @@ GTF_WRITING = 0x10
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
     """A guest that is tracked, its first copy done."""
-    made = Rig(monkeypatch)
-    made.source.track()
-    assert sum(len(batch) for batch in made.source.base_round()) == made.pages
-    made.xen.calls.clear()
-    return made
+    return tracked(monkeypatch)
 
 
 # ---- Section: what grows ----

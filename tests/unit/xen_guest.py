@@ -142,3 +142,12 @@ class Rig:
             gfn: bytes(staging.data[at * PAGE_SIZE : (at + 1) * PAGE_SIZE])
             for at, gfn in enumerate(frames)
         }
+
+
+def tracked(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A guest that is tracked, its first copy done."""
+    made = Rig(monkeypatch)
+    made.source.track()
+    assert sum(len(batch) for batch in made.source.base_round()) == made.pages
+    made.xen.calls.clear()
+    return made
