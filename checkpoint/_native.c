@@ -179,7 +179,7 @@ static PyObject *subtract(PyObject *self, PyObject *args)
     return result;
 }
 
-/* encode_pages(gfns, count, data, reference, have, out) -> (used, unchanged, zero, delta, raw) */
+/* encode_pages(gfns, count, data, reference, have, out) -> (used, unchanged, zero, delta, raw, held) */
 static PyObject *encode_pages(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -210,10 +210,10 @@ static PyObject *encode_pages(PyObject *self, PyObject *args)
             pages_encode(gfns.buf, total, data.buf, reference.buf, have.buf, out.buf, &done);
         Py_END_ALLOW_THREADS
         if (bad == total)
-            result = Py_BuildValue("(KKKKK)", (unsigned long long)done.used,
+            result = Py_BuildValue("(KKKKKK)", (unsigned long long)done.used,
                                    (unsigned long long)done.unchanged,
                                    (unsigned long long)done.zero, (unsigned long long)done.delta,
-                                   (unsigned long long)done.raw);
+                                   (unsigned long long)done.raw, (unsigned long long)done.held);
         else
             PyErr_Format(PyExc_IndexError, "frame %llu is outside of the guest's %zd pages",
                          (unsigned long long)((uint64_t *)gfns.buf)[bad], have.len);
@@ -221,6 +221,33 @@ static PyObject *encode_pages(PyObject *self, PyObject *args)
     PyBuffer_Release(&gfns);
     PyBuffer_Release(&data);
     PyBuffer_Release(&reference);
+    PyBuffer_Release(&have);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+/* forget_pages(have, hand, count, out) -> (hand, count) */
+static PyObject *forget_pages(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer have, out;
+    Py_ssize_t hand, count;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "w*nnw*:forget_pages", &have, &hand, &count, &out))
+        return NULL;
+    if (!is_words(&out, "out")) {
+        /* the error is set */
+    } else if (hand < 0 || hand >= have.len || count < 0 || count > out.len / 8) {
+        PyErr_Format(PyExc_ValueError, "the hand at %zd of %zd pages, %zd asked for, room for %zd",
+                     hand, have.len, count, out.len / 8);
+    } else {
+        uint64_t at = (uint64_t)hand, found;
+        Py_BEGIN_ALLOW_THREADS
+        found = reference_forget(have.buf, (uint64_t)have.len, &at, (uint64_t)count, out.buf);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("(KK)", (unsigned long long)at, (unsigned long long)found);
+    }
     PyBuffer_Release(&have);
     PyBuffer_Release(&out);
     return result;
@@ -288,6 +315,7 @@ static PyMethodDef methods[] = {
     {"xor", xor_bytes, METH_VARARGS, NULL},
     {"subtract", subtract, METH_VARARGS, NULL},
     {"encode_pages", encode_pages, METH_VARARGS, NULL},
+    {"forget_pages", forget_pages, METH_VARARGS, NULL},
     {"verify_batch", verify_batch, METH_VARARGS, NULL},
     {"apply_batch", apply_batch, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

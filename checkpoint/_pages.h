@@ -199,13 +199,17 @@ static uint64_t gfns_subtract(uint64_t *gfns, uint64_t count, const uint64_t *ex
  * worse than the new content does. */
 #define DELTA_MOST 256u
 
-/* What the reference knows of a page. */
-#define REF_NONE 0u   /* nothing was sent yet */
+/* What the reference knows of a page ... */
+#define REF_NONE 0u   /* nothing was sent yet, or it was forgotten */
 #define REF_SAME 1u   /* the reference is what the standby has */
 #define REF_WHOLE 2u  /* never a delta: somebody else may write the page on the standby */
+#define REF_STATE 3u  /* mask of the three */
+/* ... and of the memory that this takes. */
+#define REF_HELD 4u   /* the page of the reference was written: it is in memory */
+#define REF_USED 8u   /* it was of use since the hand of reference_forget passed it */
 
 struct figures {
-    uint64_t used, unchanged, zero, delta, raw;
+    uint64_t used, unchanged, zero, delta, raw, held;
 };
 
 static inline uint64_t record_head(uint64_t gfn, uint64_t mask, uint64_t words, uint64_t kind)
@@ -328,6 +332,15 @@ static void page_patch(uint8_t *page, unsigned mask, const uint8_t *maps, const 
     }
 }
 
+/* Note that a page of the reference was written; whether it takes memory only since now.  Then it has
+ * not yet been of use: what is written once makes room before what is written again and again. */
+static unsigned reference_written(uint8_t *have)
+{
+    unsigned before = *have & REF_HELD;
+    *have |= before ? REF_USED : REF_HELD;
+    return !before;
+}
+
 /* Encode one page; the reference then holds what the standby will hold.  Returns the bytes written,
  * at most RECORD_MOST; 0 when the page need not be sent.
  *
@@ -336,23 +349,28 @@ static void page_patch(uint8_t *page, unsigned mask, const uint8_t *maps, const 
 static size_t page_encode(uint64_t gfn, const uint8_t *page, uint8_t *reference, uint8_t *have,
                           uint8_t *out, struct figures *figures)
 {
+    unsigned state = *have & REF_STATE;
     if (page_is_zero(page)) {
-        if (*have == REF_SAME && page_is_zero(reference)) {
+        /* A page that is only read takes no memory. */
+        int was_zero = page_is_zero(reference);
+        if (state == REF_SAME && was_zero) {
             figures->unchanged++;
             return 0;
         }
-        memset(reference, 0, PAGE_BYTES);
-        if (*have == REF_NONE)
-            *have = REF_SAME;
+        if (!was_zero)
+            memset(reference, 0, PAGE_BYTES);
+        if (state == REF_NONE)
+            *have |= REF_SAME;
         store64(out, record_head(gfn, 0, 0, KIND_ZERO));
         figures->zero++;
         return 8;
     }
-    if (*have == REF_SAME) {
+    if (state == REF_SAME) {
         uint64_t maps[GROUPS], words[PAGE_WORDS];
         uint64_t lines = lines_changed(page, reference);
         unsigned changed = page_xor(page, reference, lines, maps, words);
         if (changed == 0) {
+            *have |= REF_USED;
             figures->unchanged++;
             return 0;
         }
@@ -367,14 +385,16 @@ static size_t page_encode(uint64_t gfn, const uint8_t *page, uint8_t *reference,
             memcpy(out + 8 + 8 * groups, words, changed * 8);
             store64(out, record_head(gfn, mask, groups + changed, KIND_DELTA));
             page_patch(reference, mask, out + 8, out + 8 + 8 * groups);
+            figures->held += reference_written(have);
             figures->delta++;
             return 8 + 8 * (size_t)(groups + changed);
         }
     }
     memcpy(reference, page, PAGE_BYTES);
     memcpy(out + 8, reference, PAGE_BYTES);
-    if (*have == REF_NONE)
-        *have = REF_SAME;
+    figures->held += reference_written(have);
+    if (state == REF_NONE)
+        *have |= REF_SAME;
     store64(out, record_head(gfn, 0, PAGE_WORDS, KIND_RAW));
     figures->raw++;
     return RECORD_MOST;
@@ -390,6 +410,35 @@ static void pages_encode(const uint64_t *gfns, uint64_t count, const uint8_t *da
         figures->used +=
             page_encode(gfns[i], data + i * PAGE_BYTES, reference + gfns[i] * PAGE_BYTES,
                         have + gfns[i], out + figures->used, figures);
+}
+
+/* Forget up to count pages that the reference holds, their numbers to out.  Returns how many.
+ *
+ * The clock algorithm: the hand, a frame number, goes round; a page that was of use since it came by
+ * last is spared once.  Two rounds find any. */
+static uint64_t reference_forget(uint8_t *have, uint64_t pages, uint64_t *hand, uint64_t count,
+                                 uint64_t *out)
+{
+    uint64_t found = 0, at = *hand;
+    for (uint64_t left = 2 * pages; left && found < count;) {
+        if (at % 8 == 0 && pages - at >= 8 && left >= 8 &&
+            !(load64(have + at) & REF_HELD * UINT64_C(0x0101010101010101))) {
+            at += 8, left -= 8;
+        } else {
+            unsigned flags = have[at];
+            if (flags & REF_HELD && flags & REF_USED) {
+                have[at] = (uint8_t)(flags & ~REF_USED);
+            } else if (flags & REF_HELD) {
+                have[at] = (flags & REF_STATE) == REF_WHOLE ? REF_WHOLE : REF_NONE;
+                out[found++] = at;
+            }
+            at++, left--;
+        }
+        if (at == pages)
+            at = 0;
+    }
+    *hand = at;
+    return found;
 }
 
 /* Bytes of the record at the beginning of body, or 0 when it breaks the format. */

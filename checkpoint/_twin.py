@@ -20,7 +20,8 @@ _ZERO_PAGE = bytes(PAGE_SIZE)
 _GFN_MASK = (1 << 40) - 1
 _KIND_ZERO, _KIND_RAW, _KIND_DELTA = range(3)
 _DELTA_MOST = 256
-_REF_NONE, _REF_SAME, _ = range(3)
+_REF_NONE, _REF_SAME, _REF_WHOLE = range(3)
+_REF_STATE, _REF_HELD, _REF_USED = 3, 4, 8
 
 _GRANT_TYPE_MASK = 3
 _GRANT_PERMIT_ACCESS = 1
@@ -149,7 +150,7 @@ def _delta(gfn: int, page: bytes, reference: memoryview) -> bytes | None:
 
 def encode_pages(
     gfns: Any, count: int, data: Any, reference: Any, have: Any, out: Any
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, int, int, int, int, int]:
     frames, pages = _words(gfns, "gfns"), _bytes(data)
     references, known, target = _bytes(reference), _bytes(have), _bytes(out)
     room = len(target) // _RECORD_MOST
@@ -163,13 +164,16 @@ def encode_pages(
             f"a reference of {len(references) // PAGE_SIZE} pages with flags for {len(known)}"
         )
     _check_gfns(frames, count, len(known))
-    used = unchanged = zero = deltas = raw = 0
+    used = unchanged = zero = deltas = raw = held = 0
     for place, gfn in enumerate(frames[:count]):
         page = bytes(pages[place * PAGE_SIZE : (place + 1) * PAGE_SIZE])
         old = references[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
-        same = known[gfn] == _REF_SAME
+        state = known[gfn] & _REF_STATE
+        same = state == _REF_SAME
         if same and page == old:
             unchanged += 1
+            if page != _ZERO_PAGE:
+                known[gfn] |= _REF_USED
             continue
         record = _delta(gfn, page, old) if same and page != _ZERO_PAGE else None
         if page == _ZERO_PAGE:
@@ -181,11 +185,38 @@ def encode_pages(
             record = _head(gfn, 0, _PAGE_WORDS, _KIND_RAW) + page
             raw += 1
         old[:] = page
-        if known[gfn] == _REF_NONE:
-            known[gfn] = _REF_SAME
+        if page != _ZERO_PAGE:
+            first = not known[gfn] & _REF_HELD
+            held += first
+            known[gfn] |= _REF_HELD if first else _REF_USED
+        if state == _REF_NONE:
+            known[gfn] |= _REF_SAME
         target[used : used + len(record)] = record
         used += len(record)
-    return used, unchanged, zero, deltas, raw
+    return used, unchanged, zero, deltas, raw, held
+
+
+def forget_pages(have: Any, hand: int, count: int, out: Any) -> tuple[int, int]:
+    known, chosen = _bytes(have), _words(out, "out")
+    pages = len(known)
+    if not 0 <= hand < pages or not 0 <= count <= len(chosen):
+        raise ValueError(
+            f"the hand at {hand} of {pages} pages, {count} asked for, room for {len(chosen)}"
+        )
+    found = 0
+    for _ in range(2 * pages):
+        if found == count:
+            break
+        flags = known[hand]
+        if flags & _REF_HELD and flags & _REF_USED:
+            known[hand] = flags & ~_REF_USED
+        elif flags & _REF_HELD:
+            whole = flags & _REF_STATE == _REF_WHOLE
+            known[hand] = _REF_WHOLE if whole else _REF_NONE
+            chosen[found] = hand
+            found += 1
+        hand = (hand + 1) % pages
+    return hand, found
 
 
 def _record(body: memoryview, pages: int) -> tuple[int, int, int, list[int], memoryview] | None:

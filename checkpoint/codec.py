@@ -9,8 +9,10 @@ release the GIL, so both may run in a thread.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -73,6 +75,7 @@ class Figures:
     :ivar zero: pages sent as a flag
     :ivar delta: pages sent as a delta
     :ivar raw: pages sent whole
+    :ivar forgotten: pages that had to make room in the reference for others
     """
 
     raw_bytes: int = 0
@@ -81,6 +84,7 @@ class Figures:
     zero: int = 0
     delta: int = 0
     raw: int = 0
+    forgotten: int = 0
 
     def copy(self) -> Figures:
         """The figures as they are now."""
@@ -102,7 +106,9 @@ def _compressor(name: str, level: int) -> Compressor | None:
 class Encoder:
     """The primary's side, for one session.
 
-    The reference takes as much memory as the guest has, touched page by page as pages are sent.
+    The reference takes memory page by page as pages that are not all zero are sent, at most
+    ``reference_pages`` pages: then those that were of no use lately are forgotten, and sent whole
+    the next time.
     What :meth:`encode` yields must reach the standby in that order, all of it: after a lost payload
     only a new session with a new encoder brings both sides together again.
 
@@ -110,20 +116,34 @@ class Encoder:
     :param compression: one of :data:`COMPRESSIONS`
     :param level: lz4: acceleration, zstd: level; higher is faster with lz4 and smaller with zstd
     :param whole: frames that the standby's backends may write too; never sent as a delta
-    :raise ValueError: unknown compression, or a frame outside of the guest
+    :param reference_pages: pages that the reference may hold, by default all; once a batch is
+        encoded, and by at most a batch more until then
+    :ivar held: pages that it holds
+    :raise ValueError: unknown compression, a frame outside of the guest, or a reference of nothing
     """
 
     def __init__(
-        self, pages: int, *, compression: str = "lz4", level: int = 1, whole: Iterable[int] = ()
+        self,
+        pages: int,
+        *,
+        compression: str = "lz4",
+        level: int = 1,
+        whole: Iterable[int] = (),
+        reference_pages: int | None = None,
     ) -> None:
         self.pages = pages
+        self.held = 0
         self.figures = Figures()
         self._compress = _compressor(compression, level)
         self._flags = COMPRESSIONS.index(compression)
-        # Anonymous memory comes page by page as it is first written: nothing is cleared here,
-        # which for a large guest would stop the whole process for seconds.
-        self._reference = memoryview(mmap.mmap(-1, pages * PAGE_SIZE))
+        self._room = pages if reference_pages is None else reference_pages
+        if self._room < 1:
+            raise ValueError(f"a reference of {self._room} pages, expected at least 1")
+        self._memory = _sparse(pages * PAGE_SIZE)
+        self._reference = memoryview(self._memory)
         self._have = bytearray(pages)
+        self._hand = 0
+        self._forgotten = array("Q", bytes(8 * MAX_BATCH_PAGES))
         self._out = bytearray()
         self._state: bytes | None = None
         for gfn in whole:
@@ -145,7 +165,7 @@ class Encoder:
         gfns, data = memoryview(staging.gfns), staging.data
         for first in range(0, staging.count, batch_pages):
             count = min(batch_pages, staging.count - first)
-            used, unchanged, zero, delta, raw = native.encode_pages(
+            used, unchanged, zero, delta, raw, held = native.encode_pages(
                 gfns[first : first + count],
                 count,
                 data[first * PAGE_SIZE : (first + count) * PAGE_SIZE],
@@ -159,9 +179,20 @@ class Encoder:
             figures.zero += zero
             figures.delta += delta
             figures.raw += raw
+            self.held += held
+            if self.held > self._room:
+                self._forget(self.held - self._room)
             if used:
                 pages = zero + delta + raw
                 yield self._coded(memoryview(self._out)[:used], 0, pages, pages)
+
+    def _forget(self, count: int) -> None:
+        """Give back the memory of so many pages of the reference."""
+        self._hand, found = native.forget_pages(self._have, self._hand, count, self._forgotten)
+        for first, length in _runs(self._forgotten[:found]):
+            self._memory.madvise(mmap.MADV_DONTNEED, first * PAGE_SIZE, length * PAGE_SIZE)
+        self.held -= found
+        self.figures.forgotten += found
 
     def encode_state(self, state: bytes) -> Coded:
         """The payload for an epoch's machine state; each call is one epoch.
@@ -253,6 +284,37 @@ class Decoder:
             body = bytes(_xor(body, self._state))
         self._state = body
         return body
+
+
+def _sparse(size: int) -> mmap.mmap:
+    """Zeros that take memory page by page as they are first written, and none for being read.
+
+    Nothing is cleared here, which for a large guest would stop the whole process for seconds.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A child would get copies of what is written until it runs its own program.
+    memory.madvise(mmap.MADV_DONTFORK)
+    try:
+        # Not 2 MiB for a page.
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel that has no huge pages does not know of it
+            raise
+    return memory
+
+
+def _runs(frames: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Frames that follow one another, as (first, how many)."""
+    first = length = 0
+    for frame in frames:
+        if length and frame == first + length:
+            length += 1
+            continue
+        if length:
+            yield first, length
+        first, length = frame, 1
+    if length:
+        yield first, length
 
 
 def _unpack(untrusted_flags: int, untrusted_coded: memoryview, length: int) -> Buffer:

@@ -29,7 +29,8 @@ class Loops(Protocol):
     def subtract(self, gfns: Any, count: int, exclude: Any, /) -> int: ...
     def encode_pages(
         self, gfns: Any, count: int, data: Any, reference: Any, have: Any, out: Any, /
-    ) -> tuple[int, int, int, int, int]: ...
+    ) -> tuple[int, int, int, int, int, int]: ...
+    def forget_pages(self, have: Any, hand: int, count: int, out: Any, /) -> tuple[int, int]: ...
     def verify_batch(self, body: Any, pages: int, /) -> int: ...
     def apply_batch(self, body: Any, memory: Any, /) -> int: ...
 
@@ -48,8 +49,14 @@ BACKEND, _loops = _load()
 """``native`` or ``twin``, and its functions."""
 
 REF_NONE, REF_SAME, REF_WHOLE = range(3)
-"""What ``have`` says of a page of the reference: nothing was sent; it is what the standby has;
-the standby may have changed it, so it is always sent whole."""
+"""What bits 0 and 1 of ``have`` say of a page of the reference: what the standby has is not known;
+it is this page; the standby may have changed it, so it is always sent whole."""
+
+REF_STATE = 3
+"""Mask of these bits."""
+
+REF_HELD, REF_USED = 4, 8
+"""Bits of ``have``: the page of the reference takes memory; it was of use lately."""
 
 RECORD_MOST = 8 + 4096
 """Greatest number of bytes that :func:`encode_pages` writes for a page."""
@@ -118,18 +125,36 @@ def subtract(gfns: Any, count: int, exclude: Any) -> int:
 
 def encode_pages(
     gfns: Any, count: int, data: Any, reference: Any, have: Any, out: Any
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, int, int, int, int, int]:
     """Encode pages as a batch body (docs/protocol.md) and bring the reference up to date.
 
     :param data: ``count`` pages; page ``i`` is frame ``gfns[i]``
     :param reference: what the standby has, all pages of the guest; ``have``: one byte per page,
-        one of :data:`REF_NONE`, :data:`REF_SAME`, :data:`REF_WHOLE`
+        :data:`REF_NONE`, :data:`REF_SAME` or :data:`REF_WHOLE`, with :data:`REF_HELD` and
+        :data:`REF_USED`
     :param out: room for ``count * RECORD_MOST`` bytes
-    :return: (bytes used of ``out``, pages unchanged and left out, zero, delta, raw)
+    :return: (bytes used of ``out``, pages unchanged and left out, zero, delta, raw, pages of the
+        reference that were written for the first time)
     :raise IndexError: a frame lies outside of the reference; nothing was changed
     :raise ValueError: a buffer is too small; nothing was changed
     """
     return _loops.encode_pages(gfns, count, data, reference, have, out)
+
+
+def forget_pages(have: Any, hand: int, count: int, out: Any) -> tuple[int, int]:
+    """Choose pages that the reference shall hold no more, those first that were of no use lately.
+
+    They lose :data:`REF_HELD`, and are sent whole the next time.  The choice is the clock
+    algorithm's: a page that was of use since the hand passed it is spared once.
+
+    :param have: as for :func:`encode_pages`
+    :param hand: where the last call ended, a frame number; 0 at first
+    :param count: how many at most
+    :param out: ``array('Q')``, their frame numbers, in the order in which the hand met them
+    :return: (the hand, how many they are: less than ``count`` if no more are held)
+    :raise ValueError: ``hand`` is no frame of the guest, or ``out`` has no room for ``count``
+    """
+    return _loops.forget_pages(have, hand, count, out)
 
 
 def verify_batch(body: Any, pages: int) -> int:

@@ -106,6 +106,14 @@ static void epoch(uint8_t *guest, uint8_t *reference, uint8_t *have, uint8_t *sh
         check(!memcmp(shell + at, guest + at, PAGE_BYTES), "the page arrived");
         check(!memcmp(reference + at, guest + at, PAGE_BYTES), "the reference is what arrived");
     }
+    uint64_t room = draw(PAGES + 1), hand = draw(PAGES), *forgotten = take(room * 8);
+    uint64_t gone = reference_forget(have, PAGES, &hand, room, forgotten);
+    check(gone <= room && hand < PAGES, "no more is forgotten than asked for");
+    for (uint64_t i = 0; i < gone; i++) {
+        check((have[forgotten[i]] & (REF_HELD | REF_STATE)) != (REF_HELD | REF_SAME), "it is gone");
+        memset(reference + forgotten[i] * PAGE_BYTES, 0, PAGE_BYTES);
+    }
+    free(forgotten);
     uint8_t *scratch = take(PAGES * PAGE_BYTES);
     memset(scratch, 0, PAGES * PAGE_BYTES);
     for (int n = 0; n < 8; n++)

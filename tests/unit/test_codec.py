@@ -117,6 +117,37 @@ def test_small_changes_cost_little() -> None:
     assert encoder.figures.delta == PAGES
 
 
+def test_a_reference_that_is_smaller_than_the_guest_forgets_what_is_of_no_use() -> None:
+    pages, room, busy = 64, 16, 4
+    encoder, decoder = Encoder(pages, reference_pages=room), Decoder(pages)
+    memory = shell(pages)
+    for epoch in range(1, 12):
+        # Some pages change a little in each epoch, all others now and then, and some are zero.
+        others = range(busy + epoch % 4, pages, 4)
+        written = {gfn: NOISE.randbytes(PAGE_SIZE) if gfn % 8 else b"" for gfn in others}
+        written |= {gfn: b"busy" * 900 + bytes([epoch]) for gfn in range(busy)}
+        take(decoder, encoder.encode(staged(written.items()), batch_pages=8), memory)
+        for gfn, page in written.items():
+            assert page_of(memory, gfn) == page.ljust(PAGE_SIZE, b"\0")
+        assert encoder.held <= room
+        kept = (page_of(encoder._reference, gfn) for gfn in range(pages))
+        assert sum(any(page) for page in kept) <= room
+    assert encoder.figures.forgotten > 0
+    assert encoder.figures.delta > 8 * busy
+
+
+def test_zero_pages_take_no_memory() -> None:
+    encoder = Encoder(PAGES)
+    list(encoder.encode(staged((gfn, b"") for gfn in range(PAGES))))
+    assert encoder.held == 0
+    assert encoder.figures.zero == PAGES
+
+
+def test_a_reference_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected at least 1"):
+        Encoder(PAGES, reference_pages=0)
+
+
 def test_pages_that_backends_write_too_are_sent_whole() -> None:
     encoder, decoder, memory = Encoder(PAGES, whole=[3]), Decoder(PAGES), shell()
     for counter in range(3):

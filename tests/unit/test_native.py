@@ -12,7 +12,16 @@ from array import array
 import pytest
 
 from checkpoint import _native, _twin, native
-from checkpoint.native import RECORD_MOST, REF_NONE, REF_SAME, REF_WHOLE, Loops
+from checkpoint.native import (
+    RECORD_MOST,
+    REF_HELD,
+    REF_NONE,
+    REF_SAME,
+    REF_STATE,
+    REF_USED,
+    REF_WHOLE,
+    Loops,
+)
 
 PAGE = 4096
 KIND_ZERO, KIND_RAW, KIND_DELTA = range(3)
@@ -221,7 +230,7 @@ def test_whole_page_is_sent_whole_each_time(loops: Loops) -> None:
     for _ in range(2):
         guest.shell[:8] = b"someone!"
         assert len(guest.send(0, page(w9=9))) == RECORD_MOST
-    assert guest.have[0] == REF_WHOLE
+    assert guest.have[0] & REF_STATE == REF_WHOLE
     assert guest.send(0, bytes(PAGE)) == head(0, 0, 0, KIND_ZERO)
 
 
@@ -232,8 +241,11 @@ def test_encode_counts_each_kind(loops: Loops) -> None:
     data = page(w1=1) + page(w2=7) + bytes(PAGE) + b"\3" * PAGE
     out = bytearray(4 * RECORD_MOST)
     figures = loops.encode_pages(words(0, 1, 2, 3), 4, data, guest.reference, guest.have, out)
-    assert figures == (24 + 8 + RECORD_MOST, 1, 1, 1, 1)
-    assert list(guest.have) == [REF_SAME] * 4 + [REF_NONE] * 4
+    assert figures == (24 + 8 + RECORD_MOST, 1, 1, 1, 1, 1)
+    held = REF_SAME | REF_HELD
+    # The first was unchanged and the second changed: of use; a page of zeros is no base for much.
+    used = [held | REF_USED, held | REF_USED, held, held]
+    assert list(guest.have) == used + [REF_NONE] * 4
 
 
 def test_encode_of_a_frame_outside_changes_nothing(loops: Loops) -> None:
@@ -262,6 +274,51 @@ def test_encode_with_a_buffer_too_small_is_refused(
             bytearray(have),
             bytearray(RECORD_MOST * out),
         )
+
+
+def test_a_zero_page_takes_no_memory_of_the_reference(loops: Loops) -> None:
+    guest = Reference(loops, 1)
+    assert guest.send(0, bytes(PAGE)) == head(0, 0, 0, KIND_ZERO)
+    assert guest.have[0] == REF_SAME
+    assert guest.send(0, bytes(PAGE)) == b""
+    assert len(guest.send(0, page(w1=1))) == 24  # zeros are a base like any other
+    assert guest.have[0] == REF_SAME | REF_HELD
+
+
+# ---- forget_pages ----
+
+
+HELD = REF_SAME | REF_HELD
+
+
+def test_what_was_of_use_since_the_hand_came_by_is_spared_once(loops: Loops) -> None:
+    have = bytearray([HELD | REF_USED, HELD, REF_SAME, REF_NONE] * 5)
+    out = words(*[99] * 6)
+    assert loops.forget_pages(have, 0, 2, out) == (6, 2)
+    assert list(out[:3]) == [1, 5, 99]
+    assert list(have[:8]) == [HELD, REF_NONE, REF_SAME, REF_NONE] * 2
+    assert loops.forget_pages(have, 6, 6, out) == (9, 6)
+    assert list(out) == [9, 13, 17, 0, 4, 8]
+
+
+def test_what_is_sent_whole_stays_so_when_it_is_forgotten(loops: Loops) -> None:
+    have = bytearray([REF_WHOLE | REF_HELD])
+    assert loops.forget_pages(have, 0, 1, words(9)) == (0, 1)
+    assert have[0] == REF_WHOLE
+
+
+def test_no_more_is_forgotten_than_is_held(loops: Loops) -> None:
+    have = bytearray(20)
+    have[11] = HELD | REF_USED
+    out = words(*[99] * 3)
+    assert loops.forget_pages(have, 5, 3, out) == (5, 1)
+    assert list(out) == [11, 99, 99]
+
+
+@pytest.mark.parametrize(("hand", "count"), [(-1, 1), (4, 1), (0, -1), (0, 3)])
+def test_forgetting_out_of_bounds_is_refused(loops: Loops, hand: int, count: int) -> None:
+    with pytest.raises(ValueError, match=f"the hand at {hand} of 4 pages"):
+        loops.forget_pages(bytearray([HELD] * 4), hand, count, words(9, 9))
 
 
 BAD_BODIES = {
