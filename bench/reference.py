@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a reference smaller than the guest costs: bytes on the wire and time of the encoder.
 
-A guest of 128 MiB writes 128 bytes at a time to pages that Zipf's law chooses: the page of rank r with a
-chance of 1/r, so that a few are written again and again and most hardly ever.  Counted is the second
-half of the epochs: at first a reference holds what was copied last, which is nothing special.  The
-recorded traces have too few pages for a reference to be too small.
+A guest of 128 MiB writes 128 bytes at a time to pages that Zipf's law chooses: the page of rank r
+with a chance of 1/r, so that a few are written again and again and most hardly ever.  Counted is
+the second half of the epochs: at first a reference holds what was copied last, which is nothing
+special.  The recorded traces have too few pages for a reference to be too small.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint.codec import Encoder  # noqa: E402
-from checkpoint.driver import PAGE_SIZE, Staging  # noqa: E402
+from checkpoint.codec import Encoder
+from checkpoint.driver import PAGE_SIZE, Staging
 
 PAGES: Final = 32768
 EPOCHS: Final = 800

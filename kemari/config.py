@@ -105,6 +105,7 @@ class Config:
     :ivar interval_ms: longest time between two checkpoints of an idle guest
     :ivar on_standby_loss: fate of held output when the standby is lost and does not answer
     :ivar compression: of replicated pages
+    :ivar reference_percent: share of a guest's memory that the primary keeps a copy of at most
     :ivar buffer_limit: bytes of held output per guest above which the guest is stalled
     :ivar disk_rate: bytes per second at which a disk is copied at most; 0 for no limit
     :ivar resume: a restarted daemon protects the guests again that it protected before
@@ -118,6 +119,7 @@ class Config:
     interval_ms: int = 1000
     on_standby_loss: str = "release"
     compression: str = "lz4"
+    reference_percent: int = 100
     buffer_limit: int = 16 << 20
     disk_rate: int = 0
     resume: bool = True
@@ -267,6 +269,7 @@ def parse(untrusted: Mapping[str, Any]) -> Config:
         interval_ms=table.integer("interval_ms", 1000, 10, 60_000),
         on_standby_loss=table.choice("on_standby_loss", "release", STANDBY_LOSS_POLICIES),
         compression=table.choice("compression", "lz4", COMPRESSIONS),
+        reference_percent=table.integer("reference_percent", 100, 1, 100),
         buffer_limit=table.integer("buffer_limit", 16 << 20, 1 << 16, 1 << 30),
         disk_rate=table.integer("disk_rate", 0, 0, 1 << 40),
         resume=table.take("resume", bool, True),

@@ -105,7 +105,12 @@ class Protection:
         try:
             source = await in_thread(self._open_source)
             sender = await self._prepare(source)
-            encoder = Encoder(source.description.pages, compression=self.options.compression)
+            pages = source.description.pages
+            encoder = Encoder(
+                pages,
+                compression=self.options.compression,
+                reference_pages=max(1, pages * self._host.config.reference_percent // 100),
+            )
             await self._copy(source, encoder, sender, report)
             await self._begin(source, encoder, sender)
         except asyncio.CancelledError:

@@ -36,6 +36,7 @@ def test_everything_is_read() -> None:
             interval_ms = 200
             on_standby_loss = "hold"
             compression = "zstd"
+            reference_percent = 25
             buffer_limit = 1000000
             resume = false
             [peers]
@@ -53,6 +54,7 @@ def test_everything_is_read() -> None:
     assert config.resolve_peer("b") == (Address("10.78.0.2", 7799),)
     assert config.resolve_peer("10.0.0.1:80") == (Address("10.0.0.1", 80),)
     assert config.heartbeat == 0.5
+    assert config.reference_percent == 25
     assert config.tls is not None
     assert config.tls.ca == Path("/a")
     assert config.paths.ledger == Path("/s/guests")
