@@ -83,6 +83,7 @@ class Daemon:
         self._ssl_server = server_tls
         self._listener: Listener | None = None
         self._control = ControlServer(config.paths.socket, Requests(self).handle)
+        self._forgetting: set[str] = set()
         self._closing = False
 
     # ---- Section: life ----
@@ -174,6 +175,8 @@ class Daemon:
             raise Refused(f"{name} is {known.state} already, to {known.standby}")
         if name in self.recoveries:
             raise Refused(f"{name} is asked for at {self.recoveries[name].record.peer} just now")
+        if name in self._forgetting:
+            raise Refused(f"{name} is being forgotten just now")
         self._forget_again(name)
         protection = Protection(self.host, self.peers, domain, standby, options)
         self.protections[name] = protection
@@ -238,8 +241,14 @@ class Daemon:
             doing = "has this host as its standby"
         elif record is None:
             raise NoSuchProtection(f"{self.host.config.host} keeps nothing of {name}")
+        elif busy in self._forgetting:
+            doing = "is being forgotten"
         else:
-            return await Leftovers(self.host, self.peers, record).forget(force=force)
+            self._forgetting.add(busy)
+            try:
+                return await Leftovers(self.host, self.peers, record).forget(force=force)
+            finally:
+                self._forgetting.discard(busy)
         raise Refused(f"{busy} {doing}; expected it stopped before it is forgotten")
 
     def _forget_again(self, name: str) -> bool:
@@ -318,6 +327,8 @@ class Daemon:
         for other in self._sessions_of(uuid, name):
             if other.machine.state is StandbyState.STOOD_DOWN:
                 await other.over.wait()
+        if name in self._forgetting:
+            raise CheckpointError(f"{host} is forgetting {name} just now")
         taken = any(not other.over.is_set() for other in self._sessions_of(uuid, name))
         protection = self.protections.get(name)
         if taken:

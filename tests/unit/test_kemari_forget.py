@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 
 from diskbuffer import metadata
 from kemari.cli import cli
-from kemari.errors import NoSuchProtection, Refused
+from kemari.errors import KemariError, NoSuchProtection, Refused
+from kemari.leftovers import Leftovers
 from tests.unit.kemari_disk_pair import SIZE, DiskPair
 from tests.unit.kemari_pair import Machine, Pair, await_true
 
@@ -101,6 +103,36 @@ def test_a_promise_that_was_kept_is_forgotten_at_once(tmp_path: Path) -> None:
         assert pair.b.request("forget", domain="web")["disks"] == []
         with pytest.raises(NoSuchProtection):
             pair.b.request("forget", domain="web")
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_no_protection_begins_while_a_guest_is_being_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    said = []
+
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.a.request("stop", domain="web")
+        await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
+
+        def start() -> None:
+            with pytest.raises(KemariError) as caught:
+                pair.protect()
+            with pytest.raises(Refused, match="web is being forgotten; expected it stopped"):
+                pair.machines[side].request("forget", domain="web")
+            said.append(str(caught.value))
+
+        async def meanwhile(self: Leftovers, disks: bool) -> None:
+            await asyncio.to_thread(start)
+
+        monkeypatch.setattr(Leftovers, "_require_another_copy", meanwhile)
+        if side == "a":
+            # Its guest runs there, which would be reason enough.
+            monkeypatch.setattr(pair.a.hypervisor, "domain_exists", lambda name: False)
+        pair.machines[side].request("forget", domain="web")
+    assert "web" in said[0]
+    assert "is being forgotten just now" in said[0] or "b is forgetting web just now" in said[0]
 
 
 # ---- With disks ----
