@@ -128,12 +128,15 @@ class Source(Protocol):
         """Begin dirty tracking and map the guest's memory.
 
         :raise HypervisorError: when the hypervisor refuses
+        :raise LogTaken: another program uses the guest's dirty log
         """
 
     def base_round(self) -> Iterable[array[int]]:
         """Frames to copy live, in batches: every frame the first time, then those dirtied since.
 
         Reading the log also cleans it.  The guest is not paused.
+
+        :raise LogTaken: another program has used the log: what was written is not known any more
         """
 
     def copy_live(self, gfns: array[int], staging: Staging) -> None:
@@ -163,6 +166,7 @@ class Source(Protocol):
         :raise NotQuiescent: no usable pause point within the bound
         :raise OverflowError: more dirty pages than ``staging`` holds (nothing was lost: those
             frames stay dirty); the message gives the number
+        :raise LogTaken: another program has used the log; no later attempt can succeed
         """
 
     def pause(self) -> None:

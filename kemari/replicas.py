@@ -14,12 +14,12 @@ from typing import Any, Final
 from checkpoint.errors import CheckpointError, ProtocolError, ReviveError
 from checkpoint.wire import Fields
 from diskbuffer import bitmap
-from diskbuffer.control import Control
-from diskbuffer.errors import DiskError, RecordError, ServerError
+from diskbuffer.errors import DiskError, RecordError
 from diskbuffer.metadata import state_folder
 from diskbuffer.replica import Known, Replica
 from kemari.config import Paths
-from kemari.disks import servers, target_size
+from kemari.disks import target_size
+from kemari.diskservers import DiskServers
 from kemari.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class StandbyDisks:
         self._locate = locate
         self._report = report
         self._replicas: dict[int, Replica] = {}
+        self._servers = DiskServers(paths.run)
         self.sealed = -1
 
     async def prepare(
@@ -109,6 +110,16 @@ class StandbyDisks:
         self._replicas[number] = replica
         return replica
 
+    async def attach(self) -> None:
+        """The shell is there: see that its disks are served.
+
+        :raise CheckpointError: one is not
+        """
+        try:
+            await self._servers.attach(replica.target for replica in self._replicas.values())
+        except DiskError as error:
+            raise CheckpointError(str(error)) from error
+
     def _applied(self, number: int, epoch: int, batches: int) -> None:
         self._report(epoch, number, batches)
 
@@ -129,9 +140,11 @@ class StandbyDisks:
     def seal(self, epoch: int) -> None:
         """The epoch is complete: its changes will be applied.
 
-        :raise CheckpointError: a disk failed: the epoch must not be acknowledged
+        :raise CheckpointError: a disk failed, or could not be run from: the epoch must not be
+            acknowledged
         """
         try:
+            self._servers.require()
             for replica in self._replicas.values():
                 replica.seal(epoch)
         except DiskError as error:
@@ -155,28 +168,13 @@ class StandbyDisks:
             # All before any: a failure leaves no disk that is a replica no more.
             await asyncio.gather(*(replica.settle() for replica in replicas))
             await asyncio.gather(*(replica.take_over(generation) for replica in replicas))
-            await asyncio.gather(*(self._activate(replica.target) for replica in replicas))
+            await self._servers.activate()
         except DiskError as error:
             raise ReviveError(str(error)) from error
 
-    async def _activate(self, target: Path) -> None:
-        """Have the server of a target take the guest's changes."""
-        why: DiskError = ServerError(f"{target} is not served by block-kemari on this host")
-        for folder in await asyncio.to_thread(servers, self._paths.run, target):
-            try:
-                control = await Control.connect(folder / "control", lambda news: None)
-            except ServerError as error:
-                why = error
-                continue
-            try:
-                await control.ask("activate")
-            finally:
-                await control.close()
-            return
-        raise why
-
     async def close(self) -> None:
         """Apply what is sealed, drop the rest (idempotent)."""
+        await self._servers.close()
         for replica in self._replicas.values():
             await replica.close()
 

@@ -225,6 +225,7 @@ class StandbySession:
         offer = options.get("disks", [])
         answers = await self._disks.prepare(offer, self.primary_id, self.uuid, generation)
         self._shell = await asyncio.to_thread(host.hypervisor.create_shell, description)
+        await self._disks.attach()
         reach("shell-built")
         self.why = "first copy under way"
         self.note(

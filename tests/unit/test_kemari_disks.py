@@ -166,6 +166,34 @@ def test_a_server_that_dies_ends_the_protection_not_the_guest(folder: Path) -> N
         pair.protect()
 
 
+def test_a_server_that_dies_on_the_standby_ends_the_protection_until_there_is_a_new_one(
+    pair: DiskPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kemari.daemon.AGAIN", 0.2)
+    pair.protect(interval_ms=50)
+    pair.talk(3)
+    pair.sides["b"].stop()
+    await_true(lambda: "standby-lost" in pair.a.events("web"), "b could not run it any more")
+    (said,) = [e["text"] for e in pair.a.request("log") if e["event"] == "standby-lost"]
+    assert "disk.img on the standby, has ended; expected it to serve as long as" in said
+    # The next shell's disk has a server of its own.
+    await_true(lambda: pair.a.status("web")["protected"], "web is protected again")
+    pair.talk(3)
+    pair.a.power_cut()
+    pair.talk(3)
+    pair.check_answers()
+    pair.check_revival("b")
+
+
+def test_a_standby_on_which_nobody_serves_the_disk_is_refused(pair: DiskPair) -> None:
+    pair.b.hypervisor.reached = lambda point: None  # as if its shell had another hotplug script
+    with pytest.raises(KemariError, match="No disk server answers at"):
+        pair.protect()
+    await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
+    pair.talk(3)
+    pair.check_answers()
+
+
 def test_a_disk_that_nobody_serves_is_refused(folder: Path) -> None:
     with DiskPair(folder) as pair:
         with pytest.raises(Refused, match="expected a disk's server"):
