@@ -2,6 +2,8 @@
 # make demo     a guest survives the power cut of its host, in a lab of two emulated Xen hosts
 # make check    lint, types, documents, speed, unit, property and lab tests; ends with "N passed, N failed"
 # make lint     lint and types only
+# make bench    Kemari beside xl remus in the lab, some hours; QUICK=1: under 15 minutes;
+#               docs/performance.md
 # make bench-micro   speed of the page loops on this machine: docs/performance.md
 # make fuzz     the page loops under the sanitizers, on random and damaged batches, a few minutes
 # make prove    every fault at every point, random schedules, broken rules: docs/proof.md; LAB=0: no Xen
@@ -20,12 +22,13 @@ DEMO ?=
 CHECK ?=
 LAB ?=
 BENCH ?=
+QUICK ?=
 PROVE ?=
 SOAK ?=
 FUZZ_ROUNDS ?= 200000
 FUZZ_SEED ?= 1
 
-.PHONY: demo check lint prove soak docs bench-micro fuzz lab-up lab-down packages clean
+.PHONY: demo check lint prove soak docs bench bench-micro fuzz lab-up lab-down packages clean
 .DEFAULT_GOAL := check
 
 packages:
@@ -48,6 +51,9 @@ check: $(STAMP)
 
 lint: $(STAMP)
 	@$(RUN) .ci/check.py lint format types
+
+bench: $(STAMP)
+	@$(RUN) bench/comparison.py $(if $(filter-out 0,$(QUICK)),--quick) $(BENCH)
 
 bench-micro: $(STAMP)
 	@$(RUN) bench/micro.py $(BENCH)

@@ -46,6 +46,12 @@ def _add_guest_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guest-disk", type=int, metavar="MIB", help="size of a disk with a database on it (none)"
     )
+    group.add_argument(
+        "--guest-benchmark",
+        action="store_true",
+        default=None,
+        help="with the benchmark's loads, and a database in memory",
+    )
     group.add_argument("--guest-extra", metavar="TEXT", help=f'kernel options ("{default.extra}")')
 
 
@@ -57,6 +63,7 @@ def _guest_options(args: argparse.Namespace, given: GuestOptions) -> GuestOption
         extra=given.extra if args.guest_extra is None else args.guest_extra,
         kernel=given.kernel if kernel is None else kernel.absolute(),
         disk_mib=given.disk_mib if args.guest_disk is None else args.guest_disk,
+        benchmark=given.benchmark if args.guest_benchmark is None else args.guest_benchmark,
     )
 
 

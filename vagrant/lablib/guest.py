@@ -13,7 +13,7 @@ from vagrant.lablib import programs
 from vagrant.lablib.command import check_programs, run
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.image import HERE, Base, LayerFile, guest_initramfs
-from vagrant.lablib.initramfs import Entry, Modules
+from vagrant.lablib.initramfs import Entry, Modules, program
 from vagrant.lablib.network import GUEST_IPV4, Network
 from vagrant.lablib.recipe import GUEST_MODULES
 
@@ -41,6 +41,7 @@ class GuestOptions:
     :ivar memory_mib: its memory
     :ivar extra: its kernel's command line
     :ivar disk_mib: size of its disk, on which a database writes; 0: it has none
+    :ivar benchmark: it has the benchmark's loads, and a database that keeps everything in memory
     :ivar kernel: None for Dom0's own kernel, or a folder on this machine that holds
         ``boot/vmlinuz-VERSION`` and ``lib/modules/VERSION`` as a Debian kernel package does
     """
@@ -50,17 +51,20 @@ class GuestOptions:
     extra: str = EXTRA
     kernel: Path | None = None
     disk_mib: int = 0
+    benchmark: bool = False
 
 
-def compile_demo() -> bytes:
-    """Compile the service; it is linked statically and needs nothing else in the guest.
+def compile_program(name: str, *libraries: str) -> bytes:
+    """Compile one of the guest's programs; linked statically, it needs nothing else in the guest.
 
+    :param name: of its source in ``vagrant/guest``, without ``.c``
+    :param libraries: what it is linked with, as words for the compiler
     :raises LabError: there is no C compiler, or it failed
     """
     check_programs(["gcc"])
-    with tempfile.TemporaryDirectory(prefix="kemari-demo-") as work:
-        out = Path(work) / "demo"
-        run(["gcc", "-static", "-O2", "-s", "-std=c11", "-o", out, HERE / "guest" / "demo.c"])
+    with tempfile.TemporaryDirectory(prefix=f"kemari-{name}-") as work:
+        out, source = Path(work) / name, HERE / "guest" / f"{name}.c"
+        run(["gcc", "-static", "-O2", "-s", "-std=c11", "-o", out, source, *libraries])
         return out.read_bytes()
 
 
@@ -98,7 +102,12 @@ def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
         image, modules = _foreign_kernel(options.kernel)
         kernel = f"/{FOLDER}/vmlinuz"
         files[f"{FOLDER}/vmlinuz"] = LayerFile(image)
-    files[f"{FOLDER}/initramfs"] = LayerFile(guest_initramfs(base.busybox, modules, compile_demo()))
+    user_space = [program("bin/demo", compile_program("demo"))]
+    if options.benchmark:
+        user_space.append(program("bin/load", compile_program("load", "-lz")))
+        user_space += programs.entries(base.disk)
+    initramfs = guest_initramfs(base.busybox, modules, user_space)
+    files[f"{FOLDER}/initramfs"] = LayerFile(initramfs)
     files["root/guest.cfg"] = LayerFile(config(options, kernel).encode(), stat.S_IFREG | 0o644)
     return files
 

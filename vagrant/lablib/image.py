@@ -314,16 +314,16 @@ def tar_of(layer: Layer) -> bytes:
     return out.getvalue()
 
 
-def guest_initramfs(busybox: bytes, modules: list[Entry], demo: bytes) -> bytes:
-    """The guest's whole user space."""
+def guest_initramfs(busybox: bytes, modules: list[Entry], programs: list[Entry]) -> bytes:
+    """The guest's whole user space; ``programs`` are those that its first program starts."""
     script = (HERE / "guest" / "init").read_text().replace("@INSMOD@\n", insmod_lines(modules))
     return archive(
         [
             folder("sbin"),
             program("bin/busybox", busybox),
-            program("bin/demo", demo),
             program("sbin/poweroff", (HERE / "guest" / "poweroff").read_bytes()),
             *modules,
+            *programs,
             program("init", script.encode()),
         ]
     )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's second disk: a database's programs out of Dom0's packages, and their libraries."""
+"""A database's programs for the guest, out of Dom0's packages, and their libraries.
+
+They are on the guest's second disk; a guest without disks can have them in its initramfs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from vagrant.lablib.command import rooted, run
 from vagrant.lablib.errors import LabError
+from vagrant.lablib.initramfs import Entry, program
 
 #: Name on the disk -> path in Dom0.  All of Redis is one program, which goes by its name; Debian
 #: has it in the package of its tools.
@@ -16,6 +20,7 @@ PROGRAMS = {
     "redis-server": "usr/bin/redis-check-rdb",
     "redis-check-aof": "usr/bin/redis-check-rdb",
 }
+DATABASE = "redis-server"
 #: Where it is in the hosts.
 PLACE = "usr/lib/kemari-lab/programs.img"
 _LOADER = "ld-linux-x86-64.so.2"
@@ -61,6 +66,23 @@ def build(root: Path) -> None:
             new.truncate((size * 5 // 4 + (_SLACK_MIB << 20)) & -(1 << 20))
         # Nobody ever writes to it.
         run([*rooted(["mkfs.ext4"]), "-q", "-F", "-m", "0", "-O", "^has_journal", "-d", tree, disk])
+
+
+def entries(dom0: Path) -> list[Entry]:
+    """The programs, as the disk in a Dom0's root file system has them, for an initramfs.
+
+    :param dom0: that root file system, raw
+    :raises LabError: it holds no such disk
+    """
+    with tempfile.TemporaryDirectory(prefix="kemari-programs-") as work:
+        disk, tree = Path(work) / "programs.img", Path(work) / "tree"
+        tree.mkdir()
+        run(["debugfs", "-R", f"dump /{PLACE} {disk}", dom0])
+        run(["debugfs", "-R", f"rdump / {tree}", disk])
+        files = [tree / "bin" / DATABASE, *sorted((tree / "lib").glob("*"))]
+        if not all(file.is_file() for file in files) or len(files) == 1:
+            raise LabError(f"{dom0.name} holds no disk with {DATABASE} at /{PLACE}.")
+        return [program(f"programs/{file.relative_to(tree)}", file.read_bytes()) for file in files]
 
 
 def _copy(root: Path, path: str, to: Path) -> None:
