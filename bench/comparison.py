@@ -22,7 +22,7 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import failovers, meters, samples, tables  # noqa: E402
+from bench import failovers, meters, picture, samples, tables  # noqa: E402
 from bench.cases import CASES, Case  # noqa: E402
 from bench.cases import QUICK as QUICK_CASES  # noqa: E402
 from bench.samples import Sample  # noqa: E402
@@ -96,6 +96,10 @@ class Comparison:
         load = case.run(self._lab, self.folder, self._seconds)
         last = meters.read(self._lab)
         after, end = way.look(self._lab, self.folder), time.monotonic()
+        made = after.checkpoints - before.checkpoints
+        pause = None
+        if made and after.paused_ms is not None and before.paused_ms is not None:
+            pause = (after.paused_ms - before.paused_ms) / made
         # Looking costs a Dom0 time of its own, so that is not within what the meters show.
         share = (last.at - first.at) / (end - begin)
         return Sample(
@@ -107,11 +111,11 @@ class Comparison:
             work=load.work,
             latencies=load.latencies,
             gaps=load.gaps,
-            checkpoints=(after.checkpoints - before.checkpoints) * share,
+            checkpoints=made * share,
             wire=last.wire - first.wire,
             cpu=(last.cpu[0] - first.cpu[0], last.cpu[1] - first.cpu[1]),
             free=last.free,
-            pause=after.pause,
+            pause=pause,
         )
 
 
@@ -209,6 +213,7 @@ def _compare(lab: Lab, args: argparse.Namespace, figures: dict[str, Any]) -> lis
         figures |= samples.ratios(table)
         kept = [sample.as_json() for sample in comparison.samples]
         (comparison.folder / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
+        (comparison.folder / "bench.svg").write_text(picture.draw(picture.panels(table)))
     if args.cuts:
         try:
             lab.reset()

@@ -36,14 +36,6 @@ INCOMPRESSIBLE: Final = "write-sequential"
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
-    """How long a guest was paused for a checkpoint by Kemari's own clock, in milliseconds."""
-
-    p50: float
-    p99: float
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """One workload, under one way, for some time.
 
@@ -56,7 +48,8 @@ class Sample:
     :ivar wire: bytes on the replication link, both directions
     :ivar cpu: seconds of processor that each Dom0 used, primary first
     :ivar free: bytes of memory that each Dom0 had left at the end
-    :ivar pause: since the protection began; None where there is no such clock
+    :ivar pause: milliseconds for which the guest was paused for a checkpoint on average, by the
+        protection's own clock; None where there is none
     """
 
     way: str
@@ -71,7 +64,7 @@ class Sample:
     wire: int
     cpu: tuple[float, float]
     free: tuple[int, int]
-    pause: Pause | None
+    pause: float | None
 
     @property
     def rate(self) -> float:
@@ -113,7 +106,7 @@ class Sample:
             "wire_bytes": self.wire,
             "dom0_cpu_s": list(self.cpu),
             "dom0_free_bytes": list(self.free),
-            "pause_ms": [self.pause.p50, self.pause.p99] if self.pause else None,
+            "pause_ms": self.pause,
         }
 
 
@@ -131,7 +124,8 @@ def merge(samples: Iterable[Sample]) -> dict[tuple[str, str], Sample]:
 
 def _one(parts: Sequence[Sample]) -> Sample:
     first = parts[0]
-    pauses = [part.pause for part in parts if part.pause]
+    paused = [part for part in parts if part.pause is not None]
+    counted = sum(part.checkpoints for part in paused)
     gaps = [part.gaps for part in parts if part.gaps]
     return Sample(
         way=first.way,
@@ -146,7 +140,9 @@ def _one(parts: Sequence[Sample]) -> Sample:
         wire=sum(part.wire for part in parts),
         cpu=(sum(part.cpu[0] for part in parts), sum(part.cpu[1] for part in parts)),
         free=(min(part.free[0] for part in parts), min(part.free[1] for part in parts)),
-        pause=Pause(max(p.p50 for p in pauses), max(p.p99 for p in pauses)) if pauses else None,
+        pause=sum(part.checkpoints * (part.pause or 0) for part in paused) / counted
+        if counted
+        else None,
     )
 
 

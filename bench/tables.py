@@ -15,7 +15,7 @@ HEADS = (
     "kept",
     "latency p50 / p90 / p99 ms",
     "stall inside p50 / p99 ms",
-    "paused p50 / p99 ms",
+    "paused mean ms",
     "ckpt/s",
     "wire KiB/s",
     "Dom0 CPU a + b %",
@@ -48,14 +48,13 @@ def _row(sample: Sample, plain: Sample | None) -> tuple[str, ...]:
             f"{(before - now) / 2**20:.0f}"
             for before, now in zip(plain.free, sample.free, strict=True)
         )
-    pause = sample.pause
     return (
         sample.way,
         f"{sample.rate:.1f}",
         kept,
         _numbers([sample.latency(share) for share in (0.5, 0.9, 0.99)]),
         _numbers([sample.stall(share) for share in (0.5, 0.99)]),
-        _numbers([pause.p50, pause.p99] if pause else []),
+        _numbers([sample.pause]),
         f"{sample.checkpoints / sample.seconds:.1f}" if sample.checkpoints else NONE,
         f"{sample.wire / sample.seconds / 1024:.0f}",
         " + ".join(f"{100 * share:.0f}" for share in sample.cpu_share),
@@ -64,7 +63,7 @@ def _row(sample: Sample, plain: Sample | None) -> tuple[str, ...]:
 
 
 def _numbers(values: Sequence[float | None]) -> str:
-    if not values or None in values:
+    if None in values:
         return NONE
     return " / ".join(f"{value:.1f}" for value in values)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from bench.cases import suspends
-from bench.samples import KEMARI, REMUS, TIMER, UNPROTECTED, Pause
+from bench.samples import KEMARI, REMUS, TIMER, UNPROTECTED
 from vagrant.demolib.hosts import Events, kemari
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import NAME as GUEST
@@ -42,11 +42,11 @@ class State:
     """What is known of a protection from outside the guest.
 
     :ivar checkpoints: since it began
-    :ivar pause: since it began, where there is a clock for it
+    :ivar paused_ms: for which the guest was paused for all of them; None without a clock for it
     """
 
     checkpoints: int = 0
-    pause: Pause | None = None
+    paused_ms: float | None = None
 
 
 class Way(Protocol):
@@ -124,9 +124,9 @@ def parse_status(line: str) -> State:
     try:
         (guest,) = json.loads(line)["result"]
         figures: dict[str, Any] = guest["statistics"]
-        pause = Pause(figures["pause_ms"]["p50"], figures["pause_ms"]["p99"])
+        checkpoints = int(figures["checkpoints"])
         if guest["protected"]:
-            return State(int(figures["checkpoints"]), pause)
+            return State(checkpoints, figures["pause_ms"]["mean"] * checkpoints)
     except (ValueError, KeyError, TypeError):
         raise LabError("kemarid's status cannot be read; expected one guest's.", line) from None
     raise LabError(f"The guest is {guest['state']} ({guest['why']}); expected it protected.")

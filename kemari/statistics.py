@@ -48,11 +48,12 @@ class Reservoir:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
     def summary(self, digits: int = 2) -> dict[str, float]:
-        """p50, p99, worst and last value, rounded."""
+        """p50, p99, worst, mean and last value, rounded; the mean is of all values seen."""
         return {
             "p50": round(self.quantile(0.5), digits),
             "p99": round(self.quantile(0.99), digits),
             "max": round(self.worst, digits),
+            "mean": round(self.total / max(1, self.count), digits),
             "last": round(self.last, digits),
         }
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO, cast
+from xml.etree import ElementTree
 
 import pytest
 
-from bench import client, comparison, failovers, meters, samples, tables, ways
+from bench import client, comparison, failovers, meters, picture, samples, tables, ways
 from bench.cases import Case, Load
 from bench.gaps import Gaps, middle
-from bench.samples import Pause, Sample
+from bench.samples import Sample
 from vagrant.demolib.verdict import Cut, Resume
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import compile_program
@@ -102,12 +103,14 @@ def test_stalls_are_those_of_the_checkpoints_made_while_the_guest_looked() -> No
 
 def test_rounds_are_added_up() -> None:
     (one,) = table(
-        sample("kemari", latencies=[1, 2], pause=Pause(3, 9), wire=10, gaps=seen(1)),
-        sample("kemari", latencies=[3], pause=Pause(4, 8), wire=30, free=(90 << 20, 210 << 20)),
+        sample("kemari", latencies=[1, 2], pause=3.0, checkpoints=10, wire=10, gaps=seen(1)),
+        sample(
+            "kemari", latencies=[3], pause=6.0, checkpoints=20, wire=30, free=(90 << 20, 210 << 20)
+        ),
     ).values()
     assert (one.seconds, one.work, one.wire, list(one.latencies)) == (20, 160, 40, [1, 2, 3])
     assert (one.cpu, one.free) == ((2.0, 1.0), (90 << 20, 200 << 20))
-    assert one.pause == Pause(4, 9)
+    assert one.pause == 5
     assert one.gaps == seen(1)
 
 
@@ -164,6 +167,26 @@ def test_a_table_has_a_row_for_each_way() -> None:
     assert "4.0 / 6.0 / 6.0" in unprotected
 
 
+def test_the_picture_has_a_line_for_each_way_where_its_values_belong() -> None:
+    found = picture.panels(
+        table(
+            sample("unprotected", latencies=[10.0]),
+            sample("kemari-timer-25", latencies=[10.0] * 5 + [100.0] * 4 + [1000.0]),
+            sample("xl-remus-25", "idle", gaps=seen(300.0), checkpoints=1.25),
+        )
+    )
+    assert [[row.way for row in panel.rows] for panel in found] == [
+        ["unprotected", "kemari-timer-25"],
+        ["xl-remus-25"],
+    ]
+    drawn = ElementTree.fromstring(picture.draw(found))
+    circles = drawn.findall("{http://www.w3.org/2000/svg}circle")
+    places = [float(circle.get("cx", "")) for circle in circles]
+    left, right = picture.LEFT, picture.WIDTH - picture.RIGHT
+    assert places[:6] == [*([left] * 3), (left + right) / 2, right, right]
+    assert picture.draw([]).count("<circle") == 0
+
+
 def test_the_closing_line_has_the_keys_that_were_agreed_in_their_order() -> None:
     wanted = """
         stall_ratio_p50 stall_ratio_p99 latency_ratio_p90
@@ -210,13 +233,13 @@ def status(**values: object) -> str:
         "protected": True,
         "state": "protected",
         "why": "",
-        "statistics": {"checkpoints": 12, "pause_ms": {"p50": 4.5, "p99": 13.0}},
+        "statistics": {"checkpoints": 12, "pause_ms": {"p50": 4.5, "mean": 5.0}},
     }
     return json.dumps({"ok": True, "result": [guest | values]})
 
 
 def test_checkpoints_are_those_of_the_protected_guest() -> None:
-    assert ways.parse_status(status()) == ways.State(12, Pause(4.5, 13.0))
+    assert ways.parse_status(status()) == ways.State(12, 60.0)
     with pytest.raises(LabError, match=r"unprotected \(the link broke\)"):
         ways.parse_status(status(protected=False, state="unprotected", why="the link broke"))
     with pytest.raises(LabError, match="cannot be read"):
@@ -345,7 +368,7 @@ class FakeWay:
 
     def look(self, lab: Lab, folder: Path) -> ways.State:
         self._made += 10
-        return ways.State(self._made)
+        return ways.State(self._made, 4.0 * self._made)
 
     def end(self, lab: Lab) -> None:
         cast(FakeLab, lab).asked.append(f"end of {self.name}")
@@ -369,6 +392,6 @@ def test_every_way_has_a_guest_of_its_own_and_one_that_fails_does_not_end_the_ru
         *(*each, "end of two", *each, "end of one"),
     ]
     assert run.failures == ["two: It would not begin."] * 2
-    assert [(s.way, s.rate, s.seconds, s.wire, s.cpu) for s in run.samples] == [
-        ("one", 2.0, 10.0, 100, (1, 1))
+    assert [(s.way, s.rate, s.seconds, s.wire, s.cpu, s.pause) for s in run.samples] == [
+        ("one", 2.0, 10.0, 100, (1, 1), 4.0)
     ] * 2

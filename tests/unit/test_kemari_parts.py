@@ -118,7 +118,13 @@ def test_quantiles_are_exact_while_everything_fits() -> None:
         reservoir.add(value)
     assert reservoir.quantile(0.5) == 500
     assert reservoir.quantile(0.99) == 990
-    assert reservoir.summary() == {"p50": 500, "p99": 990, "max": 999, "last": values[-1]}
+    assert reservoir.summary() == {
+        "p50": 500,
+        "p99": 990,
+        "max": 999,
+        "mean": 499.5,
+        "last": values[-1],
+    }
 
 
 def test_quantiles_stay_near_in_bounded_memory() -> None:
@@ -131,7 +137,7 @@ def test_quantiles_stay_near_in_bounded_memory() -> None:
 
 
 def test_no_values_no_quantiles() -> None:
-    assert Reservoir().summary() == {"p50": 0, "p99": 0, "max": 0, "last": 0}
+    assert Reservoir().summary() == {"p50": 0, "p99": 0, "max": 0, "mean": 0, "last": 0}
     assert json.loads(json.dumps(Statistics().as_json()))["checkpoints"] == 0
 
 
