@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from bench.gaps import Gaps
+from bench.meters import Watch
 from vagrant.demolib.ledger import Writers
 from vagrant.demolib.program import Event, Program
 from vagrant.demolib.talk import Talk
@@ -35,17 +35,33 @@ class Load:
     gaps: Gaps | None = None
 
 
+Run = Callable[[Lab, Path, float, Watch], Load]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A workload.
 
     :ivar unit: of its work
-    :ivar run: does it for so many seconds; the folder is for its files
+    :ivar run: does it for about so many seconds, and has the meters read at its begin and its
+        end; the folder is for its files
     """
 
     name: str
     unit: str
-    run: Callable[[Lab, Path, float], Load]
+    run: Run
+
+
+def timed(work: Callable[[Lab, Path, float], Load]) -> Run:
+    """A workload that the guest ends by itself: the meters are read before and after it."""
+
+    def run(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
+        watch.mark()
+        load = work(lab, folder, seconds)
+        watch.mark()
+        return load
+
+    return run
 
 
 def request(lab: Lab, folder: Path, what: str, value: str, timeout: float) -> Event:
@@ -78,34 +94,34 @@ def _write(lab: Lab, folder: Path, seconds: float, rate: float, pattern: str) ->
 
 def _idle(lab: Lab, folder: Path, seconds: float) -> Load:
     _, gaps = _write(lab, folder, seconds, 0, "same")
-    return Load(seconds, seconds - gaps.stood_still_ms / 1000, gaps=gaps)
+    return Load(seconds, seconds - gaps.away_ms / 1000, gaps=gaps)
 
 
-def writing(pattern: str, rate: float) -> Callable[[Lab, Path, float], Load]:
+def writing(pattern: str, rate: float) -> Run:
     """Write so many pages a second in that pattern of ``vagrant/guest/load.c``."""
 
-    def run(lab: Lab, folder: Path, seconds: float) -> Load:
+    def work(lab: Lab, folder: Path, seconds: float) -> Load:
         pages, gaps = _write(lab, folder, seconds, rate, pattern)
         return Load(seconds, pages, gaps=gaps)
 
-    return run
+    return timed(work)
 
 
 # ---- Requests ----
 
 
-def requests(connections: int) -> Callable[[Lab, Path, float], Load]:
+def requests(connections: int) -> Run:
     """On each connection a request, its answer, the next request, and so on."""
 
-    def run(lab: Lab, folder: Path, seconds: float) -> Load:
+    def run(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
         words = ["--closed-loop", "--interval", "0"]
         for _ in range(connections):
             words += ["--address", GUEST_IPV4]
         with Talk(lab, folder / "requests.jsonl", *words) as talk:
             talk.wait_answers(WARM)
-            begin = time.monotonic()
+            begin = watch.mark()
             talk.wait_seconds(seconds)
-            end = time.monotonic()
+            end = watch.mark()
             history = talk.stop()
         if history.closed:
             raise LabError(f"A connection to the guest ended: {history.closed}.")
@@ -116,29 +132,29 @@ def requests(connections: int) -> Callable[[Lab, Path, float], Load]:
     return run
 
 
-def _store(lab: Lab, folder: Path, seconds: float) -> Load:
+def _store(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
     with Writers(lab, folder / "writer.err", WRITERS) as writers:
         writers.wait_done(WARM)
-        begin = time.monotonic()
-        end = begin + seconds
+        begin = watch.mark()
         writers.wait(
             f"{seconds:.0f} s more of it",
-            lambda event: event["event"] == "done" and event["answered"] >= end,
+            lambda event: event["event"] == "done" and event["answered"] >= begin + seconds,
             timeout=_patience(seconds),
         )
+        end = watch.mark()
         done = [each for each in writers.done if begin <= each.answered < end]
-    return Load(seconds, len(done), tuple(each.latency * 1000 for each in done))
+    return Load(end - begin, len(done), tuple(each.latency * 1000 for each in done))
 
 
 # ---- The rest ----
 
 
-def _bulk(what: str) -> Callable[[Lab, Path, float], Load]:
-    def run(lab: Lab, folder: Path, seconds: float) -> Load:
+def _bulk(what: str) -> Run:
+    def work(lab: Lab, folder: Path, seconds: float) -> Load:
         done = request(lab, folder, what, str(seconds), _patience(seconds))
         return Load(done["seconds"], done["bytes"] / 1024)
 
-    return run
+    return timed(work)
 
 
 def _compress(lab: Lab, folder: Path, seconds: float) -> Load:
@@ -157,7 +173,7 @@ def suspends(lab: Lab, folder: Path, at_least: int, timeout: float) -> int:
 CASES: Final = {
     case.name: case
     for case in (
-        Case("idle", "s of its own", _idle),
+        Case("idle", "s of its own", timed(_idle)),
         Case("rr-1", "answers", requests(1)),
         Case("rr-8", "answers", requests(8)),
         Case("rr-64", "answers", requests(64)),
@@ -169,7 +185,7 @@ CASES: Final = {
         Case("write-zero", "pages", writing("zero", 500)),
         Case("send", "KiB", _bulk("send")),
         Case("receive", "KiB", _bulk("receive")),
-        Case("compress", "KiB", _compress),
+        Case("compress", "KiB", timed(_compress)),
     )
 }
 QUICK: Final = ("idle", "rr-1", "rr-8", "kv", "write-sequential")

@@ -92,9 +92,9 @@ class Comparison:
 
     def _measure(self, way: Way, case: Case) -> Sample:
         before, begin = way.look(self._lab, self.folder), time.monotonic()
-        first = meters.read(self._lab)
-        load = case.run(self._lab, self.folder, self._seconds)
-        last = meters.read(self._lab)
+        watch = meters.Watch(self._lab)
+        load = case.run(self._lab, self.folder, self._seconds, watch)
+        first, last = watch.readings
         after, end = way.look(self._lab, self.folder), time.monotonic()
         made = after.checkpoints - before.checkpoints
         pause = None

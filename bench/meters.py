@@ -32,6 +32,25 @@ class Reading:
     free: tuple[int, int]
 
 
+class Watch:
+    """The meters at the begin and at the end of a workload.
+
+    :ivar readings: in the order in which they were taken
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self.readings: list[Reading] = []
+        self._lab = lab
+
+    def mark(self) -> float:
+        """Read the meters; when that was, as :attr:`Reading.at`.
+
+        :raises LabError: as :func:`read` does
+        """
+        self.readings.append(read(self._lab))
+        return self.readings[-1].at
+
+
 def read(lab: Lab) -> Reading:
     """Read all of them.
 

@@ -33,8 +33,8 @@
 
 enum { PORT = 7171, LINE = 256, PAGE = 4096, WORDS = PAGE / sizeof(uint64_t), TEXT = 1 << 20 };
 enum { FINE = 4, BUCKETS = 64 << FINE };
-// Gaps below this are the loop itself.
-static const int64_t LEAST_GAP = 1 << 15;
+// Gaps below this, an eighth of a millisecond, are the loop itself.
+static const int64_t LEAST_GAP = 1 << 17;
 
 static atomic_ullong *suspends; // shared
 
