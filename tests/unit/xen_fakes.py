@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -173,6 +174,8 @@ class FakeXen:
             grants=mmap.mmap(grants_file, 8 * PAGE),
             grants_file=grants_file,
         )
+        for each in (file, grants_file):
+            weakref.finalize(domain, os.close, each)
         return domain
 
     def _find(self, domid: int) -> FakeDomain | None:
