@@ -13,11 +13,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from checkpoint.lifeline import Owner
 from diskbuffer import metadata
 from diskbuffer.control import Control
 from diskbuffer.errors import MetadataError, ServerError
 from kemari.config import Paths, parse_address
 from kemari.disks import servers
+from kemari.endings import PATIENCE
 from kemari.errors import PeerError, Refused
 from kemari.host import Host
 from kemari.ledger import Record, Role
@@ -83,22 +85,30 @@ class Leftovers:
         record = self._record
         if record.role is Role.RELEASED and not disks:
             return  # a promise that was kept: nothing but the number of its generation is left
-        why = f"{record.peer} gives no answer"
-        for address in record.addresses:
-            try:
-                owner = await self._peers.inquire(
-                    parse_address(address), record.uuid, record.generation
-                )
-            except PeerError:
-                continue
-            if owner.state in ("primary", "running"):
-                return
-            why = f"it does not run on {record.peer}"
-            break
+        said = [
+            owner.state
+            for owner in await asyncio.gather(*(self._ask(each) for each in record.addresses))
+            if owner is not None
+        ]
+        if "primary" in said or "running" in said:
+            return
+        why = f"it does not run on {record.peer}" if said else f"{record.peer} gives no answer"
         raise Refused(
             f"What {self._host.config.host} keeps of {record.guest} may be the only good copy: "
             f"{why}; expected it to run there, or --force"
         )
+
+    async def _ask(self, address: str) -> Owner | None:
+        """Who owns the guest, as the host at an address knows it; None if it gives no answer."""
+        record = self._record
+        timeout = self._host.config.heartbeat * PATIENCE
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._peers.inquire(
+                    parse_address(address), record.uuid, record.generation
+                )
+        except (PeerError, TimeoutError):
+            return None
 
     async def _remove(self, folders: list[Path], targets: list[str]) -> dict[str, Any]:
         host, record = self._host, self._record
