@@ -186,6 +186,15 @@ class Encoder:
                 pages = zero + delta + raw
                 yield self._coded(memoryview(self._out)[:used], 0, pages, pages)
 
+    def close(self) -> None:
+        """Give the reference's memory back, as much as the guest has (idempotent).
+
+        No call of :meth:`encode` is under way, and none comes.
+        """
+        self._reference.release()
+        self._memory.close()
+        self.held = 0
+
     def _forget(self, count: int) -> None:
         """Give back the memory of so many pages of the reference."""
         self._hand, found = native.forget_pages(self._have, self._hand, count, self._forgotten)

@@ -99,6 +99,11 @@ class Staging:
         self.count = 0
         self.state = b""
 
+    def close(self) -> None:
+        """Give the memory back (idempotent); nothing is captured into it any more."""
+        self.clear()
+        self.data.release()
+
 
 @dataclass(frozen=True, slots=True)
 class Captured:

@@ -26,6 +26,7 @@ from kemari.actions import Actions
 from kemari.deadline import Deadline
 from kemari.disks import Pending, SourceDisks
 from kemari.epoch import Primary
+from kemari.host import in_thread
 from kemari.output import Output
 from kemari.pace import Pace
 from kemari.statistics import Statistics
@@ -111,6 +112,7 @@ class Cycle:
         self._listening = False
         self._closed = False
         self._capturing: asyncio.Task[None] | None = None
+        self._sending: asyncio.Task[None] | None = None
         self._pace = Pace()
         self._put_off: asyncio.TimerHandle | None = None
         self._drained = False
@@ -133,6 +135,15 @@ class Cycle:
             self._put_off.cancel()
         if self._capturing is not None:
             await asyncio.wait({self._capturing})
+
+    async def close(self) -> None:
+        """Give the memory for epochs back.
+
+        :meth:`quiet` was awaited, and the tasks that the cycle has spawned were cancelled.
+        """
+        if self._sending is not None:
+            await asyncio.wait({self._sending})
+        self._staging.close()
 
     async def at_rest(self) -> None:
         """Wait until no epoch is on its way to the standby; for ever once the connection ended."""
@@ -325,7 +336,7 @@ class Cycle:
         self._at_rest.clear()
         pending = self._disks.pending()
         if pending or self._staging.count > INLINE_PAGES:
-            self._keeper.spawn(self._send_aside(number, pending), "send")
+            self._sending = self._keeper.spawn(self._send_aside(number, pending), "send")
             return
         began = time.monotonic_ns()
         try:
@@ -342,7 +353,7 @@ class Cycle:
     async def _send_aside(self, number: int, pending: Pending) -> None:
         began = time.monotonic_ns()
         try:
-            batches = await asyncio.to_thread(self._encode)
+            batches = await in_thread(self._encode)
             state = self._encoder.encode_state(self._staging.state)
             encode_ns = time.monotonic_ns() - began
             async with aclosing(self._disks.read(pending)) as writes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the other host lives, judged from several paths.  The core has no I/O and no clock.
+"""Whether the other host lives, judged from several paths.  :class:`Watch` has no clock.
 
 A *path* is one connection to the other host: the replication link, and one small connection for
 each further address of it.  *Evidence of life* is anything that only a living kernel over there
@@ -20,7 +20,10 @@ pace; when it comes late, the lateness is not counted as the other host's silenc
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -105,3 +108,22 @@ class Watch:
     def silence(self, now: float) -> float:
         """Seconds since the last evidence on any path."""
         return now - max(path.evidence for path in self._paths.values())
+
+
+async def until_silent(
+    watch: Watch, evidence: Callable[[], Mapping[str, float]], over: Callable[[], bool]
+) -> Verdict | None:
+    """Watch the other host until it is silent, on the replication link or on every path.
+
+    :param evidence: asked at each tick: path name -> time of its last evidence
+    :param over: asked at each tick: nobody wants to know any more
+    :return: what is known then; None if it is over
+    """
+    while not over():
+        await asyncio.sleep(watch.pace)
+        for path, when in evidence().items():
+            watch.heard(path, when)
+        verdict = watch.tick(time.monotonic())
+        if verdict is not Verdict.ALIVE:
+            return None if over() else verdict
+    return None

@@ -32,7 +32,7 @@ from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.host import Host, first_of, in_thread
 from kemari.ledger import Record, Role
-from kemari.liveness import REPLICATION, Verdict, Watch
+from kemari.liveness import REPLICATION, Watch, until_silent
 from kemari.output import Output
 from kemari.ownership import next_generation, still_stands_by
 from kemari.peers import Peers, further_addresses
@@ -88,6 +88,7 @@ class Protection:
         self._source: Source | None = None
         self._link: Link | None = None
         self._sender: Sender | None = None
+        self._encoder: Encoder | None = None
         self._output: Output | None = None
         self._cycle: Cycle | None = None
         self._disks = SourceDisks(host.config.paths.run, host.locate, self.link_lost, self.note)
@@ -105,14 +106,11 @@ class Protection:
         try:
             source = await in_thread(self._open_source)
             sender = await self._prepare(source)
-            pages = source.description.pages
-            encoder = Encoder(
-                pages,
-                compression=self.options.compression,
-                reference_pages=max(1, pages * self._host.config.reference_percent // 100),
-            )
-            await self._copy(source, encoder, sender, report)
-            await self._begin(source, encoder, sender)
+            pages, percent = source.description.pages, self._host.config.reference_percent
+            room, compression = max(1, pages * percent // 100), self.options.compression
+            self._encoder = Encoder(pages, compression=compression, reference_pages=room)
+            await self._copy(source, self._encoder, sender, report)
+            await self._begin(source, self._encoder, sender)
         except asyncio.CancelledError:
             await self._undo(self._cancelled or "kemarid stops")
             if self._cancelled:
@@ -338,22 +336,16 @@ class Protection:
 
     async def _watch(self, link: Link) -> None:
         """Judge the standby's life at a steady pace."""
-        watch = Watch(self._host.config.heartbeat, time.monotonic())
-        while not self.machine.over:
-            await asyncio.sleep(watch.pace)
-            if link.closed:
-                return
-            watch.heard(REPLICATION, self._peers.heard(link))
-            for path, when in self._peers.evidence(self._standby_id).items():
-                watch.heard(path, when)
-            verdict = watch.tick(time.monotonic())
-            if verdict is Verdict.ALIVE:
-                continue
+        verdict = await until_silent(
+            Watch(self._host.config.heartbeat, time.monotonic()),
+            lambda: {REPLICATION: self._peers.heard(link)} | self._peers.evidence(self._standby_id),
+            lambda: self.machine.over or link.closed,
+        )
+        if verdict is not None:
             what = f"{self.standby} {verdict.value}"
             if self.machine.state is PrimaryState.COPYING:
                 link.end(CheckpointError(what))  # ends the copy
             self.link_lost(what)
-            return
 
     # ---- Section: actions ----
 
@@ -501,3 +493,8 @@ class Protection:
         self.ended.set()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
+        # By hand: a garbage collection may be far away, and each protection takes a guest's worth.
+        if self._cycle is not None:
+            await self._cycle.close()
+        if self._encoder is not None:
+            self._encoder.close()

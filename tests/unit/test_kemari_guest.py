@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import mmap
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,33 @@ def test_staging_grows_with_the_guest(tmp_path: Path, monkeypatch: pytest.Monkey
         survivor = pair.running()
         assert survivor is not None
         assert survivor.memory[59 * 4096 : 59 * 4096 + 7] == b"changed"
+
+
+def test_what_a_protection_took_of_memory_is_given_back_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: a garbage collection may come too late for Dom0."""
+    taken: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    class Seen(mmap.mmap):
+        def __init__(self, _: int, size: int, **__: object) -> None:
+            if size > mmap.PAGESIZE:
+                taken.add(self)
+
+    def in_use() -> int:
+        return sum(not each.closed for each in taken)
+
+    monkeypatch.setattr(mmap, "mmap", Seen)
+    with Pair(tmp_path, resume=False) as pair:
+        gc.disable()
+        try:
+            pair.protect()
+            pair.talk(3)
+            assert in_use() >= 2  # the reference and the staging buffer
+            pair.a.request("stop", domain="web")
+            await_true(lambda: in_use() == 0, "no buffer is left")
+        finally:
+            gc.enable()
 
 
 def test_full_buffer_stalls_the_guest_and_is_counted(tmp_path: Path) -> None:
