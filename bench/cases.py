@@ -52,27 +52,26 @@ class Case:
     run: Run
 
 
-def timed(work: Callable[[Lab, Path, float], Load]) -> Run:
-    """A workload that the guest ends by itself: the meters are read before and after it."""
-
-    def run(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
-        watch.mark()
-        load = work(lab, folder, seconds)
-        watch.mark()
-        return load
-
-    return run
-
-
-def request(lab: Lab, folder: Path, what: str, value: str, timeout: float) -> Event:
+def request(
+    lab: Lab, folder: Path, what: str, value: str, timeout: float, watch: Watch | None = None
+) -> Event:
     """What the program at the client's place was told by the guest.
 
+    :param watch: has the meters read when the load has begun, and at its end
     :raises LabError: nothing within ``timeout`` seconds, or an error
     """
     with Program(lab, "client", ["bench.client", what, value], folder / "client.err") as program:
-        return program.wait(
-            f"the end of `{what} {value}`", lambda event: event["event"] == "done", timeout=timeout
-        )
+        if watch is not None:
+            program.wait(f"`{value}` to begin", _is("begun"), timeout=timeout)
+            watch.mark()
+        done = program.wait(f"the end of `{what} {value}`", _is("done"), timeout=timeout)
+        if watch is not None:
+            watch.mark()
+        return done
+
+
+def _is(name: str) -> Callable[[Event], bool]:
+    return lambda event: event["event"] == name
 
 
 def _patience(seconds: float) -> float:
@@ -82,29 +81,25 @@ def _patience(seconds: float) -> float:
 # ---- Memory and the clock ----
 
 
-def _write(lab: Lab, folder: Path, seconds: float, rate: float, pattern: str) -> tuple[int, Gaps]:
-    line = f"write {seconds} {rate} {AREA} {pattern}"
-    answer = request(lab, folder, "ask", line, _patience(seconds))["answer"]
-    try:
-        pages, longest, *buckets = answer.split()
-        return int(pages), Gaps.parse(longest, buckets)
-    except ValueError:
-        raise LabError(f"The guest answered {answer[:80]!r} to `{line}`.") from None
-
-
-def _idle(lab: Lab, folder: Path, seconds: float) -> Load:
-    _, gaps = _write(lab, folder, seconds, 0, "same")
+def _idle(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
+    gaps = writing("same", 0)(lab, folder, seconds, watch).gaps
+    assert gaps is not None
     return Load(seconds, seconds - gaps.away_ms / 1000, gaps=gaps)
 
 
 def writing(pattern: str, rate: float) -> Run:
     """Write so many pages a second in that pattern of ``vagrant/guest/load.c``."""
 
-    def work(lab: Lab, folder: Path, seconds: float) -> Load:
-        pages, gaps = _write(lab, folder, seconds, rate, pattern)
-        return Load(seconds, pages, gaps=gaps)
+    def run(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
+        line = f"write {seconds} {rate} {AREA} {pattern}"
+        answer = request(lab, folder, "ask", line, _patience(seconds), watch)["answer"]
+        try:
+            pages, longest, *buckets = answer.split()
+            return Load(seconds, int(pages), gaps=Gaps.parse(longest, buckets))
+        except ValueError:
+            raise LabError(f"The guest answered {answer[:80]!r} to `{line}`.") from None
 
-    return timed(work)
+    return run
 
 
 # ---- Requests ----
@@ -150,16 +145,18 @@ def _store(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
 
 
 def _bulk(what: str) -> Run:
-    def work(lab: Lab, folder: Path, seconds: float) -> Load:
+    def run(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
+        watch.mark()
         done = request(lab, folder, what, str(seconds), _patience(seconds))
+        watch.mark()
         return Load(done["seconds"], done["bytes"] / 1024)
 
-    return timed(work)
+    return run
 
 
-def _compress(lab: Lab, folder: Path, seconds: float) -> Load:
-    done = request(lab, folder, "ask", f"compress {seconds}", _patience(seconds))
-    return Load(done["seconds"], int(done["answer"]) / 1024)
+def _compress(lab: Lab, folder: Path, seconds: float, watch: Watch) -> Load:
+    done = request(lab, folder, "ask", f"compress {seconds}", _patience(seconds), watch)
+    return Load(seconds, int(done["answer"]) / 1024)
 
 
 def suspends(lab: Lab, folder: Path, at_least: int, timeout: float) -> int:
@@ -173,7 +170,7 @@ def suspends(lab: Lab, folder: Path, at_least: int, timeout: float) -> int:
 CASES: Final = {
     case.name: case
     for case in (
-        Case("idle", "s of its own", timed(_idle)),
+        Case("idle", "s of its own", _idle),
         Case("rr-1", "answers", requests(1)),
         Case("rr-8", "answers", requests(8)),
         Case("rr-64", "answers", requests(64)),
@@ -185,7 +182,7 @@ CASES: Final = {
         Case("write-zero", "pages", writing("zero", 500)),
         Case("send", "KiB", _bulk("send")),
         Case("receive", "KiB", _bulk("receive")),
-        Case("compress", "KiB", timed(_compress)),
+        Case("compress", "KiB", _compress),
     )
 }
 QUICK: Final = ("idle", "rr-1", "rr-8", "kv", "write-sequential")

@@ -2,9 +2,9 @@
 """Asks the guest for one of the benchmark's loads and tells what came of it.
 
 Run as a program of its own, with nothing but the standard library, at the client's place in the
-lab's network; ``vagrant/guest/load.c`` has the commands.  It prints one JSON object:
+lab's network; ``vagrant/guest/load.c`` has the commands.  It prints JSON objects:
 ``done`` with the guest's answer, the bytes that arrived at their destination, and the seconds that
-all of it took.
+all of it took; before it ``begun``, for loads that are made ready first.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def ask(service: socket.socket, line: str) -> str:
 def _answer(service: socket.socket, command: str) -> str:
     with service.makefile("r") as lines:
         answer = lines.readline()
+        if answer == "begun\n":
+            print(json.dumps({"event": "begun"}), flush=True)
+            answer = lines.readline()
     begin = f"ok {command} "
     if not answer.startswith(begin) or not answer.endswith("\n"):
         raise Refused(f"the guest answered {answer[:80]!r} to {command}; expected {begin!r}")

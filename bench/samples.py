@@ -205,7 +205,7 @@ def _wire_per_second(sample: Sample) -> float:
 
 
 def _wire_per_work(sample: Sample) -> float | None:
-    return sample.wire / sample.work if sample.work else None
+    return sample.wire / sample.seconds / sample.rate if sample.work else None
 
 
 def _cpu_per_checkpoint(unprotected: Sample | None) -> Figure:

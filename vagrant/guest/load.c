@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The benchmark's loads inside the guest, and what the guest itself sees of being protected.
 //
-// Port 7171, TCP, one command a line, one line of answer, each connection in a process of its own:
+// Port 7171, TCP, one command a line, one line of answer, each connection in a process of its own.
+// write and compress say "begun" in a line before it, when their time begins:
 //     write SECONDS RATE MIB PATTERN  read the clock all the time, and write RATE pages a second of
 //                                     an area of MIB (RATE 0: only read the clock).  PATTERN is
 //         sequential  each page after the one before, new incompressible content
@@ -63,6 +64,12 @@ static uint64_t chance(void)
     return value;
 }
 
+static void say_begun(FILE *out)
+{
+    fprintf(out, "begun\n");
+    fflush(out);
+}
+
 // ---- memory and the clock ----
 
 // Sixteen buckets for each power of two: of 2^e <= gap < 2^(e+1) the four bits after the first.
@@ -110,6 +117,7 @@ static void write_memory(FILE *out, double seconds, double rate, long mib, const
     if (rate > 0)
         for (size_t page = 0; page < size / PAGE; page++)
             fill(area + page * WORDS);
+    say_begun(out);
     uint64_t written = 0;
     int64_t begin = now(), last = begin, longest = 0;
     while (last - begin < nanoseconds(seconds)) {
@@ -162,6 +170,7 @@ static void compress_text(FILE *out, double seconds)
         return;
     }
     write_text(text);
+    say_begun(out);
     uint64_t done = 0;
     int64_t begin = now();
     // In parts: the time that it takes is to be seen finer than by the whole text.
