@@ -22,7 +22,11 @@ setup(
             "diskbuffer._plugin",
             sources=["diskbuffer/_plugin.c"],
             depends=[
-                f"diskbuffer/_{part}.h" for part in ("disk", "bitmap", "stream", "sync", "control")
+                f"diskbuffer/_{part}.h"
+                for part in (
+                    *("disk", "bitmap", "stream", "sync", "control"),
+                    *("target", "direct", "hold", "issue"),
+                )
             ],
             libraries=["z", "pthread"],
             py_limited_api=True,

@@ -44,12 +44,14 @@ class Disk:
     :ivar vdev: the guest's name for it, e.g. ``xvda``
     :ivar target: what holds its contents: path of a file or block device, the same on both hosts
     :ivar writable: whether the guest may write
+    :ivar shared: both hosts reach the same storage there
     """
 
     devid: int
     vdev: str
     target: str
     writable: bool
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

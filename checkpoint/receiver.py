@@ -25,6 +25,7 @@ from checkpoint.wire import (
     Totals,
     decode_json,
     pack_applied,
+    parse_issued,
     parse_writes,
 )
 
@@ -104,6 +105,12 @@ class Standby(Protocol):
         :raise CheckpointError: this host's disk cannot take them
         """
 
+    def issued(self, disk: int, position: int) -> None:
+        """Records of a shared disk up to there are on its target: they need not be kept.
+
+        :raise ProtocolError: they are not of an acknowledged epoch
+        """
+
     def committed(self, committed: Committed) -> Awaitable[None] | None:
         """An epoch is complete and verified; called before its ACK is sent.
 
@@ -163,6 +170,7 @@ class Receiver:
             FrameType.PREPARE: ((Runstate.GREETED,), self._on_prepare),
             FrameType.PAGES: (_TAKES_PAGES, self._on_pages),
             FrameType.WRITES: (_TAKES_PAGES, self._on_writes),
+            FrameType.ISSUED: ((Runstate.PROTECTING,), self._on_issued),
             FrameType.STATE: ((Runstate.PROTECTING, Runstate.COMMITTING), self._on_state),
             FrameType.COMMIT: ((Runstate.BASE, Runstate.COMMITTING), self._on_commit),
             FrameType.HANDOVER: ((Runstate.PROTECTING,), self._on_handover),
@@ -263,6 +271,8 @@ class Receiver:
                 self._stage(epoch, frame, batch)
             case FrameType.STATE:
                 self._take_state(frame)
+            case FrameType.ISSUED if self.runstate is Runstate.PROTECTING:
+                self._standby.issued(*parse_issued(frame))
             case FrameType.COMMIT if (
                 self.runstate is Runstate.COMMITTING and self._staged_bytes < INLINE
             ):
@@ -341,6 +351,9 @@ class Receiver:
         disk, untrusted_records = parse_writes(frame)
         self._totals.add(len(frame.payload), frame.crc)
         await self._standby.writes(epoch, disk, untrusted_records)
+
+    async def _on_issued(self, frame: Frame) -> None:
+        self._standby.issued(*parse_issued(frame))
 
     def applied(self, epoch: int, disk: int, batches: int) -> None:
         """Tell the primary what is on this host's disk, unless the session is over."""

@@ -15,7 +15,15 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import reach
 from checkpoint.link import Link
 from checkpoint.runstate import Runstate, StateError
-from checkpoint.wire import Buffer, Frame, FrameType, Totals, pack_writes, parse_applied
+from checkpoint.wire import (
+    Buffer,
+    Frame,
+    FrameType,
+    Totals,
+    pack_issued,
+    pack_writes,
+    parse_applied,
+)
 
 _FLUSH = 1 << 16
 """Payloads of so many bytes are sent before the next is asked for."""
@@ -212,6 +220,15 @@ class Sender:
         except BaseException:
             self._over(None)
             raise
+
+    def put_issued(self, disk: int, position: int) -> None:
+        """Tell, before the next epoch's frames, what of a shared disk the standby may forget.
+
+        :param position: bytes of its records, at the end of one of an acknowledged epoch
+        """
+        if self.runstate is not Runstate.PROTECTING:
+            raise StateError("put_issued", self.runstate, (Runstate.PROTECTING,))
+        self.link.put(FrameType.ISSUED, pack_issued(disk, position))
 
     def _arrived(self, frame: Frame) -> bool:
         awaited = self._awaited

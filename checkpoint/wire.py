@@ -58,6 +58,7 @@ class FrameType(IntEnum):
     STOPPED = 26
     WRITES = 27
     APPLIED = 28
+    ISSUED = 29
     INQUIRE = 32
     OWNER = 33
     STAND_DOWN = 34
@@ -108,6 +109,7 @@ SPECS: dict[FrameType, FrameSpec] = {
     FrameType.STOPPED: _json("S", "R"),
     FrameType.WRITES: FrameSpec("P", "R", True, 0, "writes", 40, MAX_WRITES),
     FrameType.APPLIED: FrameSpec("S", "R", True, 0, "applied", 16, 16),
+    FrameType.ISSUED: FrameSpec("P", "R", False, 0, "issued", 16, 16),
     FrameType.INQUIRE: _json("CA", "L"),
     FrameType.OWNER: _json("CA", "L"),
     FrameType.STAND_DOWN: _json("CA", "L"),
@@ -390,10 +392,10 @@ class Fields:
         return Fields(f"{self.where}.{key}", self.mapping(key))
 
 
-# ---- WRITES and APPLIED ----
+# ---- WRITES, APPLIED and ISSUED ----
 
 _WRITES_HEAD = struct.Struct("<II")
-_APPLIED = struct.Struct("<IIQ")
+_OF_A_DISK = struct.Struct("<IIQ")
 
 
 def pack_writes(disk: int, records: Buffer) -> bytes:
@@ -414,7 +416,7 @@ def parse_writes(frame: Frame) -> tuple[int, memoryview]:
 
 def pack_applied(disk: int, batches: int) -> bytes:
     """The payload of APPLIED."""
-    return _APPLIED.pack(disk, 0, batches)
+    return _OF_A_DISK.pack(disk, 0, batches)
 
 
 def parse_applied(frame: Frame) -> tuple[int, int]:
@@ -422,10 +424,27 @@ def parse_applied(frame: Frame) -> tuple[int, int]:
 
     :raise ProtocolError: what is reserved is not 0
     """
-    disk, reserved, batches = _APPLIED.unpack(frame.payload)
+    return _of_a_disk(frame)
+
+
+def pack_issued(disk: int, position: int) -> bytes:
+    """The payload of ISSUED."""
+    return _OF_A_DISK.pack(disk, 0, position)
+
+
+def parse_issued(frame: Frame) -> tuple[int, int]:
+    """(number of the disk, bytes of its records that are on the shared target) of ISSUED.
+
+    :raise ProtocolError: what is reserved is not 0
+    """
+    return _of_a_disk(frame)
+
+
+def _of_a_disk(frame: Frame) -> tuple[int, int]:
+    disk, reserved, number = _OF_A_DISK.unpack(frame.payload)
     if reserved:
-        raise ProtocolError("APPLIED has a bit set that has no meaning")
-    return disk, batches
+        raise ProtocolError(f"{frame.type.name} has a bit set that has no meaning")
+    return disk, number
 
 
 # ---- COMMIT ----

@@ -8,7 +8,7 @@
 #include <sys/eventfd.h>
 #include <sys/un.h>
 
-#include "_sync.h"
+#include "_issue.h"
 
 #define CLIENTS 8
 #define LINE 8192
@@ -54,10 +54,12 @@ static void do_stream(struct client *client)
         wrong = "the disk is read-only";
     else if (has_flag(FLAG_REPLICA))
         wrong = "the disk is a replica";
-    else if (bitmap.fd < 0)
+    else if (bitmap.fd < 0 && !hold.shared)
         wrong = "no bitmap is loaded";
     else if (stream.fd >= 0)
         wrong = "there is a stream already";
+    else if (hold.shared)
+        wrong = hold_begin();
     if (wrong) {
         pthread_mutex_unlock(&disk.lock);
         answer(client, "error %s", wrong);
@@ -66,18 +68,25 @@ static void do_stream(struct client *client)
     stream.session++;
     stream.head = stream.used = stream.position = stream.applied = 0;
     stream.told_full = false;
-    answer(client, "ok %" PRIu64, stream.session);
     stream.fd = client->fd;
-    client->fd = -1;
     control.told_lost = false;
     control.told_synced = true;
     syncing.on = false;
     syncing.cursor = 0;
-    bitmap_begin();
     put(&disk.status->position, 0);
     put(&disk.status->drained, 0);
     put(&disk.status->session, stream.session);
     put(&disk.status->state, STREAMING);
+    if (hold.shared) {
+        hold_start();
+        wrong = hold_note_seen();
+        if (wrong)
+            stream_break("%s", wrong);
+    } else
+        bitmap_begin();
+    // Records follow it: nothing is sent while the lock is held.
+    answer(client, "ok %" PRIu64, stream.session);
+    client->fd = -1;
     pthread_mutex_unlock(&disk.lock);
 }
 
@@ -155,8 +164,8 @@ static void do_activate(struct client *client)
 {
     pthread_mutex_lock(&disk.lock);
     const char *wrong = NULL;
-    if (has_flag(FLAG_REPLICA) && disk.bitmap_path)
-        wrong = bitmap_load();
+    if (has_flag(FLAG_REPLICA))
+        wrong = hold.shared ? target_take() : disk.bitmap_path ? bitmap_load() : NULL;
     if (!wrong)
         set_flag(FLAG_REPLICA, false);
     pthread_mutex_unlock(&disk.lock);
@@ -166,9 +175,34 @@ static void do_activate(struct client *client)
         answer(client, "ok");
 }
 
+// One of the commands of shared mode.
+static void do_shared(struct client *client, const char *(*act)(void))
+{
+    pthread_mutex_lock(&disk.lock);
+    const char *wrong = hold.shared ? act() : "the disk is not a shared one";
+    if (!wrong && stream.fd >= 0 && !streaming())
+        shutdown(stream.fd, SHUT_RDWR);
+    pthread_mutex_unlock(&disk.lock);
+    if (wrong)
+        answer(client, "error %s", wrong);
+    else
+        answer(client, "ok");
+}
+
+static void do_issue(struct client *client, uint64_t session, uint64_t position, uint64_t until)
+{
+    pthread_mutex_lock(&disk.lock);
+    const char *wrong = hold_issue(session, position, until);
+    pthread_mutex_unlock(&disk.lock);
+    if (wrong)
+        answer(client, "error %s", wrong);
+    else
+        answer(client, "ok");
+}
+
 static void obey(struct client *client, char *line)
 {
-    uint64_t one = 0, two = 0;
+    uint64_t one = 0, two = 0, three = 0;
     int end = -1;
     char *words = strchr(line, ' ');
     if (strcmp(line, "hello") == 0)
@@ -185,6 +219,15 @@ static void obey(struct client *client, char *line)
         do_applied(client, one, two);
     else if (strcmp(line, "activate") == 0)
         do_activate(client);
+    else if (sscanf(line, "issue %" SCNu64 " %" SCNu64 " %" SCNu64 "%n", &one, &two, &three,
+                    &end) == 3 && !line[end])
+        do_issue(client, one, two, three);
+    else if (strcmp(line, "halt") == 0)
+        do_shared(client, hold_halt);
+    else if (strcmp(line, "release") == 0)
+        do_shared(client, hold_release);
+    else if (strcmp(line, "drop") == 0)
+        do_shared(client, hold_drop);
     else
         answer(client, "error there is no such command");
 }
@@ -253,8 +296,14 @@ static void clean(void)
 // Tell what has happened, and put a broken stream away.
 static void look_around(void)
 {
-    char line[300] = "";
+    char line[300] = "", failing[300] = "";
     pthread_mutex_lock(&disk.lock);
+    if (hold.failing && !hold.told_failing) {
+        hold.told_failing = true;
+        snprintf(failing, sizeof failing, "!failing %s", hold.why);
+    }
+    bool late = hold.late && !hold.told_late;
+    hold.told_late |= late;
     bool full = stream.told_full;
     bool synced = !control.told_synced && streaming() && !syncing.on;
     control.told_synced |= synced;
@@ -270,6 +319,12 @@ static void look_around(void)
     if (*line) {
         nbdkit_error("%s is not replicated any more: %s", disk.target, line + 6);
         tell_all(line);
+    }
+    if (late)
+        tell_all("!late");
+    if (*failing) {
+        nbdkit_error("changes cannot be issued and are kept: %s", failing + 9);
+        tell_all(failing);
     }
     if (synced)
         tell_all("!synced");

@@ -27,7 +27,14 @@
 
 enum state { IDLE, STREAMING, BROKEN };
 
-enum { FLAG_READONLY = 1, FLAG_REPLICA = 2, FLAG_TRACKING = 4, FLAG_SYNCING = 8 };
+enum {
+    FLAG_READONLY = 1,
+    FLAG_REPLICA = 2,
+    FLAG_TRACKING = 4,
+    FLAG_SYNCING = 8,
+    FLAG_SHARED = 16,
+    FLAG_HOLDING = 32,
+};
 
 // The shared page.  Every field is one 64-bit integer that is stored at once.
 struct status {
@@ -36,6 +43,7 @@ struct status {
     _Atomic uint64_t session, state, position, drained, limit;
     _Atomic uint64_t sync_total, sync_left, dirty;
     _Atomic uint64_t reads, read_bytes, writes, written_bytes, flushes, waits, errors;
+    _Atomic uint64_t issued;
 };
 
 static struct disk {

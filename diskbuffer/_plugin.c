@@ -13,8 +13,7 @@
 #define NBDKIT_API_VERSION 2
 #include <nbdkit-plugin.h>
 
-#include <linux/falloc.h>
-#include <sys/mman.h>
+#include "_target.h"
 
 #include "_control.h"
 
@@ -56,6 +55,8 @@ static int disk_config(const char *key, const char *value)
         return (disk.bitmap_path = nbdkit_absolute_path(value)) ? 0 : -1;
     if (strcmp(key, "replica") == 0)
         return set_flag_from(value, &plugin.replica);
+    if (strcmp(key, "shared") == 0)
+        return set_flag_from(value, &hold.shared);
     if (strcmp(key, "readonly") == 0)
         return set_flag_from(value, &disk.readonly);
     if (strcmp(key, "clean") == 0)
@@ -85,44 +86,6 @@ static int disk_config_complete(void)
 
 // ---- Life ----
 
-// One server for a target: an exclusive open of a block device also keeps mounts away, a lock on
-// a file only other servers.  Both end with the process.
-static int open_target(void)
-{
-    struct stat about;
-    if (stat(disk.target, &about) < 0) {
-        nbdkit_error("%s: %s", disk.target, strerror(errno));
-        return -1;
-    }
-    bool block = S_ISBLK(about.st_mode);
-    if (!block && !S_ISREG(about.st_mode)) {
-        nbdkit_error("%s is neither a file nor a block device", disk.target);
-        return -1;
-    }
-    disk.fd = open(disk.target, (disk.readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC |
-                                    (block && !disk.readonly ? O_EXCL : 0));
-    if (disk.fd < 0) {
-        if (errno == EBUSY)
-            nbdkit_error("%s is in use (mounted, or another guest's disk)", disk.target);
-        else
-            nbdkit_error("%s: %s", disk.target, strerror(errno));
-        return -1;
-    }
-    struct flock lock = {.l_type = disk.readonly ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET};
-    if (fcntl(disk.fd, F_OFD_SETLK, &lock) < 0) {
-        nbdkit_error("%s is in use as another guest's disk", disk.target);
-        return -1;
-    }
-    off_t size = lseek(disk.fd, 0, SEEK_END);
-    if (size < SECTOR) {
-        nbdkit_error("%s has %lld bytes, expected at least a sector of %d", disk.target,
-                     (long long)size, SECTOR);
-        return -1;
-    }
-    disk.size = (uint64_t)size / SECTOR * SECTOR;
-    return 0;
-}
-
 static int make_status(void)
 {
     char path[4096];
@@ -143,7 +106,8 @@ static int make_status(void)
     put(&disk.status->size, disk.size);
     put(&disk.status->limit, stream.limit);
     put(&disk.status->flags, (disk.readonly ? FLAG_READONLY : 0) |
-                                 (plugin.replica ? FLAG_REPLICA : 0));
+                                 (plugin.replica ? FLAG_REPLICA : 0) |
+                                 (hold.shared ? FLAG_SHARED : 0));
     put(&disk.status->version, 1);
     memcpy(disk.status->magic, "KMRIDISK", 8);
     return 0;
@@ -152,8 +116,18 @@ static int make_status(void)
 static int disk_get_ready(void)
 {
     char path[4096];
-    if (open_target() < 0 || make_status() < 0)
+    // A shared target is another host's while this one stands by.
+    const char *wrong = target_open(!disk.readonly && !(hold.shared && plugin.replica));
+    if (wrong) {
+        nbdkit_error("%s", wrong);
         return -1;
+    }
+    if (make_status() < 0)
+        return -1;
+    if (hold.shared && !(hold.records = calloc(MAX_HELD, sizeof *hold.records))) {
+        nbdkit_error("no memory for a list of %u changes", MAX_HELD);
+        return -1;
+    }
     snprintf(path, sizeof path, "%s/control", disk.folder);
     if (control_listen(path) < 0)
         return -1;
@@ -165,8 +139,8 @@ static int disk_get_ready(void)
         return -1;
     }
     // A replica's bitmap is of an earlier time: it is read when the replica becomes a disk.
-    if (disk.bitmap_path && !disk.readonly && !plugin.replica) {
-        const char *wrong = bitmap_load();
+    if (disk.bitmap_path && !disk.readonly && !plugin.replica && !hold.shared) {
+        wrong = bitmap_load();
         if (wrong)
             nbdkit_debug("%s: %s: writes are not tracked", disk.bitmap_path, wrong);
     }
@@ -175,15 +149,18 @@ static int disk_get_ready(void)
 
 static int disk_after_fork(void)
 {
-    void *(*const bodies[])(void *) = {drain_thread, sync_thread, control_thread};
+    void *(*const bodies[])(void *) = {drain_thread, control_thread,
+                                       hold.shared ? issue_thread : sync_thread};
+    const unsigned number = sizeof bodies / sizeof *bodies;
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&disk.room, &monotonic);
     pthread_cond_init(&disk.data, &monotonic);
     pthread_cond_init(&disk.sync, &monotonic);
+    pthread_cond_init(&hold.moved, &monotonic);
     put(&disk.status->pid, (uint64_t)getpid());
-    for (; plugin.running < 3; plugin.running++) {
+    for (; plugin.running < number; plugin.running++) {
         int error = pthread_create(&plugin.threads[plugin.running], NULL, bodies[plugin.running],
                                    NULL);
         if (error) {
@@ -199,12 +176,14 @@ static void disk_cleanup(void)
     if (plugin.running == 0)
         return;
     pthread_mutex_lock(&disk.lock);
+    hold_await_release();
     disk.stopping = true;
     if (stream.fd >= 0)
         shutdown(stream.fd, SHUT_RDWR);
     pthread_cond_broadcast(&disk.room);
     pthread_cond_broadcast(&disk.data);
     pthread_cond_broadcast(&disk.sync);
+    pthread_cond_broadcast(&hold.moved);
     wake_control();
     pthread_mutex_unlock(&disk.lock);
     while (plugin.running > 0)
@@ -237,6 +216,13 @@ static int yes(void *handle)
     return 1;
 }
 
+// Whether a shared target makes holes would be known only when it is too late to refuse one.
+static int disk_can_trim(void *handle)
+{
+    (void)handle;
+    return !hold.shared;
+}
+
 // nbdkit calls flush after a write with FUA, so that its record is in the stream behind the
 // write's.
 static int disk_can_fua(void *handle)
@@ -258,7 +244,9 @@ static int disk_block_size(void *handle, uint32_t *minimum, uint32_t *preferred,
 static int disk_pread(void *handle, void *buffer, uint32_t length, uint64_t offset, uint32_t flags)
 {
     (void)handle, (void)flags;
-    if (read_all(disk.fd, buffer, length, offset) < 0) {
+    int result = hold.shared ? hold_read(buffer, length, offset)
+                             : read_all(disk.fd, buffer, length, offset);
+    if (result < 0) {
         int error = errno;
         count(&disk.status->errors, 1);
         nbdkit_error("%s: reading %" PRIu32 " bytes at %" PRIu64 ": %s", disk.target, length,
@@ -270,6 +258,9 @@ static int disk_pread(void *handle, void *buffer, uint32_t length, uint64_t offs
     count(&disk.status->read_bytes, length);
     return 0;
 }
+
+// What a change is made by, in either mode.
+typedef int maker(const void *, uint64_t, uint64_t);
 
 static int do_write(const void *data, uint64_t offset, uint64_t length)
 {
@@ -291,8 +282,7 @@ static int do_punch(const void *data, uint64_t offset, uint64_t length)
 
 // Make one change: mark it, do it, write it down.  -1 with errno: then it is not in the stream,
 // and what the range holds is unknown, so the standby gets that once more.
-static int change(int (*make)(const void *, uint64_t, uint64_t), struct record record,
-                  const void *payload)
+static int replicated_change(maker *make, struct record record, const void *payload)
 {
     int result = -1, error = EROFS;
     pthread_mutex_lock(&disk.lock);
@@ -321,6 +311,20 @@ static int change(int (*make)(const void *, uint64_t, uint64_t), struct record r
     }
 out:
     pthread_mutex_unlock(&disk.lock);
+    errno = error;
+    return result;
+}
+
+static int change(maker *make, struct record record, const void *payload)
+{
+    int result;
+    if (hold.shared) {
+        enum direct_kind kind = make == do_write ? DIRECT_WRITE
+                                : make == do_punch ? DIRECT_PUNCH : DIRECT_ZERO;
+        result = hold_change(kind, &record, payload);
+    } else
+        result = replicated_change(make, record, payload);
+    int error = errno;
     if (result < 0 && error != EOPNOTSUPP)
         nbdkit_error("%s: changing %" PRIu64 " bytes at %" PRIu64 ": %s", disk.target,
                      record.extent, record.offset, strerror(error));
@@ -386,7 +390,7 @@ static int disk_trim(void *handle, uint32_t length, uint64_t offset, uint32_t fl
 static int disk_flush(void *handle, uint32_t flags)
 {
     (void)handle, (void)flags;
-    if (flush_target() < 0) {
+    if ((hold.shared ? hold_flush() : flush_target()) < 0) {
         int error = errno;
         count(&disk.status->errors, 1);
         nbdkit_error("%s: flushing: %s", disk.target, strerror(error));
@@ -394,6 +398,8 @@ static int disk_flush(void *handle, uint32_t flags)
         return -1;
     }
     count(&disk.status->flushes, 1);
+    if (hold.shared)
+        return 0;
     struct record record = make_record(RECORD_FLUSH, 0, 0, 0, NULL, 0);
     pthread_mutex_lock(&disk.lock);
     await_room(sizeof record, stream.limit, true);
@@ -413,6 +419,7 @@ static struct nbdkit_plugin plugin_table = {
                    "bitmap=PATH    the write-intent bitmap\n"
                    "replica=BOOL   refuse changes until told that this is the guest's disk\n"
                    "readonly=BOOL  refuse changes\n"
+                   "shared=BOOL    another host reaches the target too: hold changes when told to\n"
                    "queue=SIZE     bytes of changes that wait to be read (64M)\n"
                    "clean=SECONDS  time between two rounds of clearing marks (10)\n"
                    "patience=SECONDS  time that a write waits for a reader that stands still (30)",
@@ -424,7 +431,7 @@ static struct nbdkit_plugin plugin_table = {
     .get_size = disk_get_size,
     .can_write = disk_can_write,
     .can_flush = yes,
-    .can_trim = yes,
+    .can_trim = disk_can_trim,
     .can_zero = yes,
     .can_fua = disk_can_fua,
     .can_multi_conn = yes,

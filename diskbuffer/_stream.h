@@ -8,12 +8,12 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-#include "_bitmap.h"
+#include "_hold.h"
 
 #define NBDKIT_API_VERSION 2
 #include <nbdkit-plugin.h>
 
-enum kind { RECORD_WRITE = 1, RECORD_ZERO = 2, RECORD_FLUSH = 3 };
+enum kind { RECORD_WRITE = 1, RECORD_ZERO = 2, RECORD_FLUSH = 3, RECORD_SEEN = 4 };
 enum { RECORD_PUNCH = 1, RECORD_SYNC = 2 };
 
 struct record {
@@ -93,11 +93,21 @@ static void await_room(uint64_t need, uint64_t limit, bool bounded)
 
 static void queue_put(const void *data, size_t length)
 {
-    uint64_t at = (stream.head + stream.used) % stream.limit;
+    uint64_t at = stream.position % stream.limit;
     size_t first = stream.limit - at < length ? (size_t)(stream.limit - at) : length;
     memcpy(stream.queue + at, data, first);
     memcpy(stream.queue, (const uint8_t *)data + first, length - first);
+    stream.position += length;
     stream.used += length;
+}
+
+// Copy what was put at `position` and is still there.
+static void queue_get(void *data, uint64_t position, size_t length)
+{
+    uint64_t at = position % stream.limit;
+    size_t first = stream.limit - at < length ? (size_t)(stream.limit - at) : length;
+    memcpy(data, stream.queue + at, first);
+    memcpy((uint8_t *)data + first, stream.queue, length - first);
 }
 
 static struct record make_record(enum kind kind, unsigned flags, uint64_t offset, uint64_t extent,
@@ -115,15 +125,24 @@ static struct record make_record(enum kind kind, unsigned flags, uint64_t offset
 // Append a record for which there is room.  With the lock held.
 static void append(const struct record *record, const void *payload)
 {
-    if (!streaming())
+    if (!streaming() && !holding())
         return;
     queue_put(record, sizeof *record);
     if (record->length)
         queue_put(payload, record->length);
-    stream.position += sizeof *record + record->length;
+    if (holding()) {
+        bool change = record->kind == RECORD_WRITE || record->kind == RECORD_ZERO;
+        *held_at(hold.count++) = (struct held){
+            .offset = record->offset, .extent = change ? record->extent : 0,
+            .payload = stream.position - record->length, .end = stream.position,
+            .kind = record->kind, .flags = record->flags,
+        };
+    }
     put(&disk.status->position, stream.position);
     pthread_cond_signal(&disk.data);
-    if (stream.used > stream.limit / 2 && !stream.told_full) {
+    uint64_t waiting = holding() ? stream.position - hold.allowed : stream.used;
+    bool full = waiting > stream.limit / 2 || hold.count > MAX_HELD / 2;
+    if (full && !stream.told_full) {
         stream.told_full = true;
         wake_control();
     }
@@ -162,7 +181,7 @@ static void *drain_thread(void *unused)
         }
         stream.head = (stream.head + (uint64_t)sent) % stream.limit;
         stream.used -= (uint64_t)sent;
-        if (stream.used < stream.limit / 4)
+        if (!holding() && stream.used < stream.limit / 4)
             stream.told_full = false;
         count(&disk.status->drained, (uint64_t)sent);
         pthread_cond_broadcast(&disk.room);

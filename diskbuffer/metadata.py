@@ -18,12 +18,14 @@ VERSION = 1
 
 
 class Role(Enum):
-    """What a host's copy is; the hotplug script looks for the word "replica"."""
+    """What a host's copy is; the hotplug script looks for the words."""
 
     #: The guest's disk, or nobody's: it may be written.
     DISK = "disk"
     #: A copy of another host's disk: only :class:`diskbuffer.replica.Replica` writes it.
     REPLICA = "replica"
+    #: A shared disk whose guest is protected, or has moved: no server may begin to serve it.
+    HELD = "held"
 
 
 class Fitness(Enum):
@@ -42,6 +44,7 @@ class Metadata:
     :ivar peer: UUID of the other host, "" for none
     :ivar epoch: the last one known to be applied; may be behind
     :ivar guest: UUID of the guest whose disk it is, "" if that is not known
+    :ivar shared: the target is the peer's as well
     """
 
     role: Role
@@ -52,6 +55,7 @@ class Metadata:
     generation: int = 0
     epoch: int = 0
     guest: str = ""
+    shared: bool = False
 
     def save(self, path: Path) -> None:
         """Replace the file, durably.
@@ -87,6 +91,7 @@ def load(path: Path) -> Metadata | None:
             generation=_number(untrusted_values["generation"]),
             epoch=_number(untrusted_values["epoch"]),
             guest=_name(untrusted_values.get("guest", "")),
+            shared=untrusted_values.get("shared") is True,
         )
     except FileNotFoundError:
         return None

@@ -42,6 +42,8 @@ class Flag(IntFlag):
     REPLICA = 2
     TRACKING = 4
     SYNCING = 8
+    SHARED = 16
+    HOLDING = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Figures:
     :ivar dirty: chunks marked in the bitmap
     :ivar waits: writes that waited for room
     :ivar errors: requests that failed on this disk
+    :ivar issued: of a shared disk, position up to which changes are on its target's stable storage
     """
 
     version: int
@@ -82,6 +85,7 @@ class Figures:
     flushes: int
     waits: int
     errors: int
+    issued: int
 
 
 _NAMES = [field.name for field in fields(Figures)]

@@ -41,6 +41,8 @@ class Kind(IntEnum):
     ZERO = 2
     #: What came before is on stable storage before what comes after is done.
     FLUSH = 3
+    #: No change: the payload is what a shared target holds there.
+    SEEN = 4
 
 
 class Flags(IntFlag):
@@ -52,7 +54,8 @@ class Flags(IntFlag):
     SYNC = 2
 
 
-_ALLOWED = {Kind.WRITE: 2, Kind.ZERO: 3, Kind.FLUSH: 0}
+_ALLOWED = {Kind.WRITE: 2, Kind.ZERO: 3, Kind.FLUSH: 0, Kind.SEEN: 0}
+_WITH_PAYLOAD = (Kind.WRITE, Kind.SEEN)
 _BY_NUMBER = {int(kind): kind for kind in Kind}
 
 
@@ -61,7 +64,7 @@ class Record(NamedTuple):
 
     :ivar offset: byte of the disk at which it begins
     :ivar extent: bytes of the disk that change
-    :ivar payload: what is written there; empty unless ``kind`` is WRITE
+    :ivar payload: what is written, or was read, there; empty unless ``kind`` is WRITE or SEEN
     """
 
     kind: Kind
@@ -81,14 +84,15 @@ def encode(record: Record) -> bytes:
     )[:_CRC_OFFSET]
     crc = zlib.crc32(record.payload, zlib.crc32(head))
     data = head + _CRC.pack(crc) + bytes(record.payload)
-    parse(data, record.offset + record.extent)
+    parse(data, record.offset + record.extent, shared=True)
     return data
 
 
-def parse(untrusted_batch: Buffer, size: int) -> list[Record]:
+def parse(untrusted_batch: Buffer, size: int, *, shared: bool = False) -> list[Record]:
     """The records of a batch, all of them checked; their payloads are views of it.
 
     :param size: of the disk, bytes
+    :param shared: whether the disk is in shared mode, which alone has SEEN records
     :raise RecordError: at the first that is not as the format says, or not whole
     """
     view = memoryview(untrusted_batch).toreadonly()
@@ -99,11 +103,11 @@ def parse(untrusted_batch: Buffer, size: int) -> list[Record]:
             raise RecordError(f"a batch ends with {len(view) - at} bytes that are no record")
         number, flags, reserved, length, offset, extent, more, crc = HEAD.unpack_from(view, at)
         kind = _BY_NUMBER.get(number)
-        if kind is None:
+        if kind is None or (kind is Kind.SEEN and not shared):
             raise RecordError(f"a record has the unknown kind {number}")
         if reserved or more or flags & ~_ALLOWED[kind]:
             raise RecordError(f"a {kind.name} record has a bit set that has no meaning")
-        if length != (extent if kind is Kind.WRITE else 0) or length > MAX_PAYLOAD:
+        if length != (extent if kind in _WITH_PAYLOAD else 0) or length > MAX_PAYLOAD:
             raise RecordError(f"a {kind.name} record of {extent} bytes has {length} of payload")
         if kind is Kind.FLUSH:
             if offset or extent:

@@ -22,6 +22,7 @@ from checkpoint.driver import Captured, Source, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent
 from checkpoint.faultpoints import reach
 from checkpoint.sender import Sender, Sent
+from diskbuffer.held import boot_ns
 from kemari.actions import Actions
 from kemari.deadline import Deadline
 from kemari.disks import Pending, SourceDisks
@@ -98,10 +99,13 @@ class Cycle:
         self._interval = interval
         self._disks = disks
         disks.full = self._on_interval
+        disks.overfull = self._on_overfull
         self._loop = asyncio.get_running_loop()
         self._staging = Staging(min(STAGING_PAGES, source.description.pages))
         self._pages_before = source.description.pages
         self._captured_ns = self._release_ns = 0
+        #: Boot times: of the capture, and when the standby surely had not taken over.
+        self._captured_boot_ns = self._trusted_ns = 0
         self._stages: tuple[int, ...] = ()
         self._stalled_at = 0.0
         self._looked_at = 0.0
@@ -184,6 +188,9 @@ class Cycle:
         self._keeper.statistics.by_interval += 1
         self._keeper.do(self._keeper.machine.interval_elapsed())
 
+    def _on_overfull(self) -> None:
+        self._keeper.do(self._keeper.machine.buffer_full())
+
     def _on_retry(self) -> None:
         self._keeper.do(self._keeper.machine.retry())
 
@@ -230,6 +237,7 @@ class Cycle:
             self._output.release_epoch()
         except Exception as error:  # noqa: BLE001 - as in _on_frame
             self._output_broke(error)
+        self._disks.acknowledged(self._trusted_ns + int(self._sender.link.peer.heartbeat * 1e9))
         self._release_ns = time.monotonic_ns() - began
         reach("released")
 
@@ -257,7 +265,7 @@ class Cycle:
         self._captured(number, outcome)
 
     def _capture_now(self, keep_paused: bool) -> Captured | Exception:
-        self._captured_ns = time.monotonic_ns()
+        self._captured_ns, self._captured_boot_ns = time.monotonic_ns(), boot_ns()
         reach("capture")
         try:
             return self._source.capture(self._staging, self._close_output, leave_paused=keep_paused)
@@ -335,6 +343,13 @@ class Cycle:
         self._ack_timer.set(ACK_LIMIT)
         self._at_rest.clear()
         pending = self._disks.pending()
+        try:
+            # Before what was put into the room of it.
+            for disk, position in self._disks.issued():
+                self._sender.put_issued(disk, position)
+        except CheckpointError as error:
+            self._send_failed(error)
+            return
         if pending or self._staging.count > INLINE_PAGES:
             self._sending = self._keeper.spawn(self._send_aside(number, pending), "send")
             return
@@ -379,6 +394,7 @@ class Cycle:
         self._ack_timer.clear()
         self._at_rest.set()
         if commit_ms < self._sender.link.peer.heartbeat * 1000:
+            self._trusted_ns = self._captured_boot_ns
             self._let_out(number, commit_ms, encode_ns, sent)
         else:
             # Until a heartbeat time after the capture the standby cannot have taken us for dead.
@@ -386,7 +402,9 @@ class Cycle:
             self._keeper.spawn(self._confirm(number, commit_ms, encode_ns, sent), "confirm")
 
     async def _confirm(self, number: int, commit_ms: float, encode_ns: int, sent: Sent) -> None:
+        asked_ns = boot_ns()
         if await self._keeper.confirmed():
+            self._trusted_ns = asked_ns
             self._let_out(number, commit_ms, encode_ns, sent)
         else:
             self._keeper.link_lost("an acknowledgement came too late to be trusted")

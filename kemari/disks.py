@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,9 +25,12 @@ from checkpoint.sender import Sender, Writes
 from checkpoint.wire import Fields
 from diskbuffer.disk import DiskBuffer
 from diskbuffer.errors import DiskError, ServerError, ServerGone
+from diskbuffer.held import HeldDisk
 from diskbuffer.stream import EPOCH_BYTES
 from kemari.copying import DiskCopy, Progress
 from kemari.errors import Refused
+from kemari.shared import SharedDisks
+from kemari.targets import servers, target_size
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class SourceDisks:
     :param lost: called with a sentence when changes of a disk are not written down any more
     :param note: puts an event and a sentence into the event log
     :ivar full: called when so much waits that a checkpoint should be taken at once
+    :ivar overfull: called when the guest must wait for that checkpoint
+    :ivar shared: those in shared mode
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class SourceDisks:
         self._run = run
         self._locate = locate
         self.full: Callable[[], None] = lambda: None
+        self.overfull: Callable[[], None] = lambda: None
+        self.shared = SharedDisks()
         self._lost = lost
         self._note_event = note
         self._streams: list[_Stream] = []
@@ -107,6 +113,8 @@ class SourceDisks:
         for number, disk in enumerate(self._disks):
             if disk.writable:
                 buffer = await self._open(disk)
+                if isinstance(buffer, HeldDisk):
+                    self.shared.disks[number] = buffer
                 self._streams.append(_Stream(number, disk, buffer))
                 self._sizes.append(buffer.size)
             else:
@@ -115,7 +123,9 @@ class SourceDisks:
     async def _open(self, disk: Disk) -> DiskBuffer:
         why = "block-kemari does not serve it"
         for folder in await asyncio.to_thread(servers, self._run, self._locate(disk.target)):
-            buffer = DiskBuffer(folder, functools.partial(self._heard, disk))
+            kind = HeldDisk if disk.shared else DiskBuffer
+            heard = self._shared_heard if disk.shared else self._heard
+            buffer = kind(folder, functools.partial(heard, disk))
             try:
                 await buffer.open()
             except ServerGone:
@@ -137,6 +147,8 @@ class SourceDisks:
                 "readonly": not disk.writable,
                 "pair": pairs.get(number, ""),
                 "new_pair": self._new_pairs[number],
+                "shared": disk.shared,
+                "queue": self.shared.disks[number].queue if number in self.shared.disks else 0,
             }
             for number, disk in enumerate(self._disks)
         ]
@@ -163,6 +175,10 @@ class SourceDisks:
             untrusted_answer = untrusted_answers[stream.number]
             if not isinstance(untrusted_answer, dict):
                 raise ProtocolError("PREPARED has a disk that is no object")
+            if (untrusted_answer.get("shared") is True) != stream.disk.shared:
+                raise ProtocolError("PREPARED has a disk that is not shared as was asked")
+            if stream.disk.shared:
+                continue
             fields = Fields(f"PREPARED.disks[{stream.number}]", untrusted_answer)
             pair, full, runs = fields.text("pair"), fields.text("full"), fields.integers("runs")
             known = (stream.buffer.pair, self._new_pairs[stream.number])
@@ -196,15 +212,16 @@ class SourceDisks:
         :param progress: kept up to date; ``report`` is called when it changed
         :raise CheckpointError: a disk or the link failed
         """
-        if not self._streams:
+        streams = self._replicated()
+        if not streams:
             return
         sender.on_applied = self._applied
         self._teller = asyncio.create_task(self._tell())
         with _as_checkpoint_errors():
-            for stream in self._streams:
+            for stream in streams:
                 await stream.buffer.sync(rate)
             while True:
-                progress.disks = [_copied(stream) for stream in self._streams]
+                progress.disks = [_copied(stream) for stream in streams]
                 await self._send_all(sender)
                 progress.passed()
                 report()
@@ -212,6 +229,9 @@ class SourceDisks:
                     break
                 await asyncio.sleep(PUMP)
         self._pump = asyncio.create_task(self._pump_on(sender))
+
+    def _replicated(self) -> list[_Stream]:
+        return [stream for stream in self._streams if not stream.disk.shared]
 
     async def _pump_on(self, sender: Sender) -> None:
         with _as_checkpoint_errors():
@@ -222,7 +242,7 @@ class SourceDisks:
                         await self._stop.wait()
 
     async def _send_all(self, sender: Sender) -> None:
-        for stream in self._streams:
+        for stream in self._replicated():
             async for batch in stream.buffer.read(stream.buffer.position()):
                 self._note(stream)
                 await sender.send_base_writes(stream.number, batch)
@@ -237,6 +257,24 @@ class SourceDisks:
             await self._pump
 
     # ---- Epochs ----
+
+    async def hold(self, peer: str, guest: str, generation: int) -> None:
+        """Hold the changes of shared disks: the next epoch is the first.
+
+        :param peer: UUID of the standby's host
+        :param guest: UUID of the guest
+        :raise CheckpointError: a server refuses
+        """
+        with _as_checkpoint_errors():
+            await self.shared.hold(peer, guest, generation)
+
+    async def halt(self) -> None:
+        """Issue nothing more on shared disks: the standby will own them.
+
+        :raise CheckpointError: something is still on its way
+        """
+        with _as_checkpoint_errors():
+            await self.shared.halt()
 
     def close_epoch(self) -> None:
         """All changes that were answered until now, and not before the last call, are one epoch's.
@@ -273,13 +311,35 @@ class SourceDisks:
                     self._note(stream)
                     yield stream.number, batch
 
+    def acknowledged(self, until_ns: int) -> None:
+        """The captured epoch is on the standby: its changes may reach shared targets.
+
+        :param until_ns: see :meth:`kemari.shared.SharedDisks.allow`
+        """
+        self.shared.allow(
+            ((number, self._boundary(number)) for number in self.shared.disks), until_ns
+        )
+
+    def issued(self) -> list[tuple[int, int]]:
+        """(disk, position) of what was issued since the last call.
+
+        :raise CheckpointError: a server is not open any more
+        """
+        with _as_checkpoint_errors():
+            return self.shared.news()
+
+    def _boundary(self, number: int) -> int:
+        return next(stream.boundary for stream in self._streams if stream.number == number)
+
     def _note(self, stream: _Stream) -> None:
+        if stream.disk.shared:
+            return
         stream.batches += 1
         stream.marks.append((stream.batches, stream.buffer.taken))
 
     def _applied(self, number: int, batches: int) -> None:
         for stream in self._streams:
-            if stream.number == number and batches <= stream.batches:
+            if stream.number == number and not stream.disk.shared and batches <= stream.batches:
                 while stream.marks and stream.marks[0][0] <= batches:
                     stream.applied = stream.marks.popleft()[1]
                 return
@@ -288,7 +348,7 @@ class SourceDisks:
     async def _tell(self) -> None:
         while True:
             await asyncio.sleep(TELL)
-            for stream in self._streams:
+            for stream in self._replicated():
                 position = stream.applied
                 if position > stream.told:
                     try:
@@ -316,6 +376,19 @@ class SourceDisks:
         self._note_event("disk-lost", why)
         self._lost(why)
 
+    def _shared_heard(self, disk: Disk, event: str, text: str) -> None:
+        if self._closing:
+            return
+        if event == "full":
+            self.overfull()
+        elif event == "late":
+            self.full()  # the next ACK gives more time
+        elif event == "failing":
+            why = f"changes of disk {disk.vdev} cannot be issued and are kept: {text}"
+            self._note_event("trouble", why)
+        else:
+            self._heard(disk, event, text)
+
     def status(self) -> list[dict[str, Any]]:
         """Figures of each disk that is replicated, for ``kemari status``."""
         shown = []
@@ -332,7 +405,9 @@ class SourceDisks:
                     "copy_total": progress.total,
                     "copy_left": progress.left,
                     "queued": figures.position - stream.buffer.taken,
-                    "unconfirmed": figures.position - stream.applied,
+                    "shared": stream.disk.shared,
+                    "unconfirmed": figures.position
+                    - (figures.issued if stream.disk.shared else stream.applied),
                     "waits": figures.waits,
                     "errors": figures.errors,
                 }
@@ -347,6 +422,7 @@ class SourceDisks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.shared.close()
         for stream in self._streams:
             await stream.buffer.teardown()
 
@@ -362,32 +438,3 @@ def _as_checkpoint_errors() -> Any:
         yield
     except DiskError as error:
         raise CheckpointError(str(error)) from error
-
-
-def servers(run: Path, target: Path) -> list[Path]:
-    """Folders of servers of a target, as block-kemari makes them; some may be of dead ones."""
-    wanted = str(target.resolve())
-    found = []
-    for folder in sorted((run / "disks").glob("*")):
-        try:
-            served = (folder / "state" / "target").read_text().strip()
-        except OSError:
-            continue  # being made or removed
-        if served == wanted:
-            found.append(folder)
-    return found
-
-
-def target_size(target: Path) -> int:
-    """Bytes of a file or block device.
-
-    :raise Refused: it cannot be opened
-    """
-    try:
-        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise Refused(f"The disk {target} cannot be read: {error.strerror}") from None
-    try:
-        return os.lseek(descriptor, 0, os.SEEK_END) // 512 * 512
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diskbuffer.control import Control
 from diskbuffer.errors import DiskError, ServerError
-from kemari.disks import servers
+from kemari.targets import servers
 
 
 class DiskServers:

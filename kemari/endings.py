@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from checkpoint.driver import Source
@@ -111,11 +111,13 @@ class Ending:
         standby: str,
         why: str,
         reason: LetGoReason,
+        release_disks: Callable[[], Awaitable[None]],
         *,
         gone: bool = False,
     ) -> None:
         """Nobody else runs this guest: let its output pass, remove what protection has built.
 
+        :param release_disks: brings held changes to shared targets
         :param gone: nor does it run here any more
         """
         reach("let-go")
@@ -127,6 +129,8 @@ class Ending:
             options=owing(record.options, record.generation, promised) if record else {},
         )
         reach("let-go-recorded")
+        # Before the output, which tells the world of them.
+        await self.attempt_here("issue what is held of shared disks", release_disks())
         await self.attempt("unpause", source.unpause)
         await self.attempt("release output", output.release_all)
         reach("let-go-released")
@@ -148,13 +152,24 @@ class Ending:
             ground=reason.name.lower(),
         )
 
-    async def abandon(self, source: Source, output: Output, standby: str, generation: int) -> None:
-        """The standby runs the guest: nothing that this copy did since may ever be seen."""
+    async def abandon(
+        self,
+        source: Source,
+        output: Output,
+        standby: str,
+        generation: int,
+        drop_disks: Callable[[], Awaitable[None]],
+    ) -> None:
+        """The standby runs the guest: nothing that this copy did since may ever be seen.
+
+        :param drop_disks: forgets changes that are held of shared disks
+        """
         reach("abandon")
         await self.record(
             role=Role.MOVED, generation=generation, reason=f"{standby} runs it", came_from=""
         )
         reach("abandon-recorded")
+        await self.attempt_here("drop what is held of shared disks", drop_disks())
         await self.attempt("pause", source.pause)
         # Not untrack: it lets the guest run on.
         await self.attempt("destroy the stale copy", source.destroy)
@@ -176,8 +191,12 @@ class Ending:
 
     async def attempt(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """One step, in a thread: when it fails, say so and go on with the others."""
+        await self.attempt_here(what, asyncio.to_thread(functools.partial(call, *args, **kwargs)))
+
+    async def attempt_here(self, what: str, work: Awaitable[Any]) -> None:
+        """As :meth:`attempt`, in the event loop."""
         try:
-            await asyncio.to_thread(functools.partial(call, *args, **kwargs))
+            await work
         except Exception as error:
             log.debug("%s: %s", self._name, what, exc_info=error)
             self.note("trouble", f"{self._name}: could not {what}: {error}")

@@ -18,12 +18,12 @@ from diskbuffer import metadata
 from diskbuffer.control import Control
 from diskbuffer.errors import MetadataError, ServerError
 from kemari.config import Paths, parse_address
-from kemari.disks import servers
 from kemari.endings import PATIENCE
 from kemari.errors import PeerError, Refused
 from kemari.host import Host
 from kemari.ledger import Record, Role
 from kemari.peers import Peers
+from kemari.targets import servers
 
 
 class Leftovers:
@@ -55,6 +55,7 @@ class Leftovers:
         folders = await asyncio.to_thread(disk_folders, host.config.paths, self._record)
         targets = [await self._unused(folder) for folder in folders]
         if not force:
+            await asyncio.to_thread(_require_own_disks, folders, targets)
             await self._require_another_copy(bool(folders))
         return await self._remove(folders, targets)
 
@@ -129,3 +130,14 @@ class Leftovers:
 def disk_folders(paths: Paths, record: Record) -> list[Path]:
     """Durable folders of the guest's disks on this host."""
     return metadata.of_guest(paths.state / "disks", record.uuid)
+
+
+def _require_own_disks(folders: list[Path], targets: list[str]) -> None:
+    """:raise Refused: one is the other host's as well, and this host must not serve it meanwhile"""
+    for folder, target in zip(folders, targets, strict=True):
+        known = metadata.load(folder / "state.json")
+        if known is not None and known.shared:
+            raise Refused(
+                f"The disk {target} is shared with the other host; expected --force from one who "
+                "knows that the guest does not run there"
+            )

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a primary asks its standby about who owns a guest, before and while it is protected."""
+"""What a primary asks its standby about who owns a guest, and what it writes down of that."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
-from kemari.config import Address
+from checkpoint.driver import Source
+from kemari.config import Address, Options
 from kemari.endings import PATIENCE
 from kemari.errors import PeerError, Refused
 from kemari.host import Host
+from kemari.ledger import Record, Role
 from kemari.peers import OWNING, Peers
+from kemari.shared import RECORDED
 
 
 async def next_generation(
@@ -54,3 +58,34 @@ async def still_stands_by(
         fresh = time.monotonic() - asked < heartbeat
         return fresh and (owner.state, owner.generation) == ("standby", generation)
     return False
+
+
+def primary_record(
+    source: Source,
+    generation: int,
+    standby: tuple[str, str],
+    addresses: tuple[tuple[Address, ...], tuple[Address, ...]],
+    options: Options,
+) -> Record:
+    """What the ledger says of a guest from its first checkpoint on.
+
+    :param standby: name and UUID of its host
+    :param addresses: of it: those that were asked for, and those that it has told
+    """
+    (name, host_id), (asked, further) = standby, addresses
+    return Record(
+        uuid=source.description.uuid,
+        guest=source.description.name,
+        role=Role.PRIMARY,
+        generation=generation,
+        peer=name,
+        addresses=tuple(str(each) for each in (*asked, *further)),
+        options=asdict(options)
+        | {
+            "peer_id": host_id,
+            "devices": [nic.vif for nic in source.nics],
+            "standby": [str(each) for each in asked],
+            RECORDED: [disk.target for disk in source.disks if disk.shared and disk.writable],
+        },
+        reason="protection started",
+    )

@@ -31,10 +31,10 @@ from kemari.endings import STOP_PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.host import Host, first_of, in_thread
-from kemari.ledger import Record, Role
+from kemari.ledger import Role
 from kemari.liveness import REPLICATION, Watch, until_silent
 from kemari.output import Output
-from kemari.ownership import next_generation, still_stands_by
+from kemari.ownership import next_generation, primary_record, still_stands_by
 from kemari.peers import Peers, further_addresses
 from kemari.statistics import Statistics
 
@@ -254,28 +254,16 @@ class Protection:
 
     async def _begin(self, source: Source, encoder: Encoder, sender: Sender) -> None:
         """Make the ownership durable, hold output, take the first checkpoint."""
-        options = asdict(self.options) | {
-            "peer_id": self._standby_id,
-            "devices": [nic.vif for nic in source.nics],
-            "standby": [str(each) for each in self.addresses],
-        }
-        record = Record(
-            uuid=self.uuid,
-            guest=self.guest,
-            role=Role.PRIMARY,
-            generation=self.generation,
-            peer=self.standby,
-            addresses=tuple(str(each) for each in (*self.addresses, *self._further)),
-            options=options,
-            reason="protection started",
-        )
         reach("owner-record")
+        whose, where = (self.standby, self._standby_id), (self.addresses, self._further)
+        record = primary_record(source, self.generation, whose, where, self.options)
         await in_thread(self._host.ledger.put, record)
         reach("owner-recorded")
         output = self._host.network.output(source.nics, self._host.config.buffer_limit)
         self._output = output
         await in_thread(output.setup)
         reach("output-held")
+        await self._disks.hold(self._standby_id, self.uuid, self.generation)
         pace = self.options.interval_ms / 1000
         self._cycle = Cycle(self, source, output, encoder, sender, pace, self._disks)
         self._cycle.listen()
@@ -288,6 +276,7 @@ class Protection:
         ending = Ending(self._host, self.guest, self.uuid)
         if self._cycle is not None:
             await self._cycle.quiet()
+        await ending.attempt_here("issue what is held", self._disks.shared.release())
         if self._output is not None:
             await ending.attempt("remove the output buffer", self._output.teardown, drop=False)
         if self._source is not None:
@@ -398,6 +387,7 @@ class Protection:
         assert self._sender is not None
         log.debug("%s: handing over epoch %d", self.guest, number)
         try:
+            await self._disks.halt()
             await self._sender.handover(self.generation + 1)
         except Declined as error:
             self.why = f"{self.standby} could not run it: {error}"
@@ -431,8 +421,10 @@ class Protection:
         elif answer.runs_since:
             self.do(self.machine.standby_runs(answer.runs_since))
         else:
+            # Two guests that live on one disk would destroy it.
+            may_release = not self._disks.shared.disks
             policy = self._host.config.on_standby_loss
-            self.do(self.machine.no_answer(release=policy == "release"))
+            self.do(self.machine.no_answer(release=may_release and policy == "release"))
             if self.machine.state is PrimaryState.HOLDING and not holding:
                 self._holding.set()
                 self.note(
@@ -466,6 +458,7 @@ class Protection:
             self.standby,
             self.why,
             self.machine.let_go or LetGoReason.FORCE,
+            self._disks.shared.release,
             gone=self._gone,
         )
         await self._dispose()
@@ -476,7 +469,7 @@ class Protection:
         assert self._output is not None
         await self._cycle.quiet()
         await Ending(self._host, self.guest, self.uuid).abandon(
-            self._source, self._output, self.standby, generation
+            self._source, self._output, self.standby, generation, self._disks.shared.drop
         )
         await self._dispose()
 

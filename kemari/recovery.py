@@ -19,6 +19,7 @@ from kemari.endings import RESTART_PATIENCE, Asking, patience
 from kemari.host import Host
 from kemari.ledger import Duty, LedgerError, Record, Role, duty_at_start
 from kemari.peers import Answer, Peers
+from kemari.shared import RECORDED, settle
 from kemari.stragglers import owing
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Recovery:
                 here
                 and record.role is Role.PRIMARY
                 and host.config.on_standby_loss == "release"
+                and not record.options.get(RECORDED)
                 and waited >= patience(answer, heartbeat)
             )
             if may_release:
@@ -115,6 +117,7 @@ class Recovery:
             else f"{record.peer} gives no answer and on_standby_loss is release"
         )
         reach("recover-keep")
+        await self._settle_disks(mine=True)
         if here:
             await let_run(self._host, self.record.guest)
         await self._reclaim(release=True)
@@ -129,6 +132,7 @@ class Recovery:
         why = f"{record.peer} runs it since generation {generation}"
         reach("recover-give-up")
         resolved = await self._put(Role.MOVED, generation, why)
+        await self._settle_disks(mine=False)
         if here:
             try:
                 await asyncio.to_thread(host.hypervisor.destroy_domain, record.guest)
@@ -143,6 +147,10 @@ class Recovery:
             generation=generation,
         )
         return resolved
+
+    async def _settle_disks(self, *, mine: bool) -> None:
+        for failure in await settle(self._host, self.record.options, mine=mine):
+            self._note("trouble", f"{self.record.guest}: {failure}")
 
     async def _reclaim(self, *, release: bool) -> None:
         for device in self.record.options.get("devices", ()):

@@ -17,10 +17,11 @@ from diskbuffer import bitmap
 from diskbuffer.errors import DiskError, RecordError
 from diskbuffer.metadata import state_folder
 from diskbuffer.replica import Known, Replica
+from diskbuffer.shared import SharedReplica
 from kemari.config import Paths
-from kemari.disks import target_size
 from kemari.diskservers import DiskServers
 from kemari.errors import Refused
+from kemari.targets import target_size
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class StandbyDisks:
         self._paths = paths
         self._locate = locate
         self._report = report
-        self._replicas: dict[int, Replica] = {}
+        self._replicas: dict[int, Replica | SharedReplica] = {}
         self._servers = DiskServers(paths.run)
         self.sealed = -1
 
@@ -70,9 +71,19 @@ class StandbyDisks:
             target, size = fields.text("target"), fields.integer("size", 512)
             if not target.startswith("/") or "\0" in target:
                 raise ProtocolError(f"{target!r} is no path of a disk's target")
+            shared = untrusted_disk.get("shared") is True
             try:
                 if untrusted_disk.get("readonly") is True:
                     await self._compare(self._locate(target), size)
+                    known = Known()
+                elif shared:
+                    await self._shared(number, self._locate(target)).setup(
+                        size=size,
+                        queue=fields.integer("queue", 1),
+                        peer=str(uuid.UUID(peer)),
+                        generation=generation,
+                        guest=guest,
+                    )
                     known = Known()
                 else:
                     most_runs = bitmap.MAX_RUNS // len(untrusted_offer)
@@ -95,9 +106,15 @@ class StandbyDisks:
                     "shift": known.shift,
                     "runs": [figure for run in known.runs for figure in run],
                     "full": known.full,
+                    "shared": shared,
                 }
             )
         return answers
+
+    def _shared(self, number: int, target: Path) -> SharedReplica:
+        replica = SharedReplica(target, state_folder(target, self._paths.state / "disks"))
+        self._replicas[number] = replica
+        return replica
 
     async def _compare(self, target: Path, size: int) -> None:
         here = await asyncio.to_thread(target_size, target)
@@ -136,6 +153,16 @@ class StandbyDisks:
             raise ProtocolError(f"WRITES of epoch {epoch}: {error}") from error
         except DiskError as error:
             raise CheckpointError(str(error)) from error
+
+    def issued(self, number: int, position: int) -> None:
+        """See :meth:`checkpoint.receiver.Standby.issued`."""
+        replica = self._replicas.get(number)
+        if not isinstance(replica, SharedReplica):
+            raise ProtocolError(f"ISSUED is of disk {number}, which is not shared")
+        try:
+            replica.issued(position)
+        except RecordError as error:
+            raise ProtocolError(f"ISSUED of disk {number}: {error}") from error
 
     def seal(self, epoch: int) -> None:
         """The epoch is complete: its changes will be applied.

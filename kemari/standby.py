@@ -250,6 +250,10 @@ class StandbySession:
         """Records of one of the guest's disks."""
         await self._disks.writes(epoch, disk, untrusted_records)
 
+    def issued(self, disk: int, position: int) -> None:
+        """What of a shared disk this host need not issue when it takes over."""
+        self._disks.issued(disk, position)
+
     def committed(self, committed: Committed) -> None:
         """An epoch is verified and complete; its ACK follows unless this raises."""
         if committed.epoch == 0:

@@ -332,12 +332,14 @@ def _nics(store: Store, domid: int) -> list[Nic]:
 
 def _disks(store: Store, domid: int) -> list[Disk]:
     # Nodes of the backend: libxl_disk.c, docs/misc/xenstore-paths.pandoc
+    # The word before a target is block-kemari's own.
     return [
         Disk(
             devid=devid,
             vdev=store.read(f"{backend}/dev") or "",
-            target=store.read(f"{backend}/params") or "",
+            target=(params := store.read(f"{backend}/params") or "").removeprefix("shared:"),
             writable=store.read(f"{backend}/mode") != "r",
+            shared=params.startswith("shared:"),
         )
         for devid, backend in _backends(store, domid, "vbd")
     ]

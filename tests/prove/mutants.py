@@ -7,7 +7,8 @@ from typing import Final
 
 from tests.prove.mutant import Mutant
 from tests.prove.mutants_capture import CAPTURE
+from tests.prove.mutants_disks import DISKS
 from tests.prove.mutants_epochs import EPOCHS
 from tests.prove.mutants_owner import OWNER
 
-MUTANTS: Final[tuple[Mutant, ...]] = (*EPOCHS, *CAPTURE, *OWNER)
+MUTANTS: Final[tuple[Mutant, ...]] = (*EPOCHS, *CAPTURE, *OWNER, *DISKS)

@@ -77,8 +77,8 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 "kemari/protection.py",
-                '            self.do(self.machine.no_answer(release=policy == "release"))\n',
-                "            self.do(self.machine.no_answer(release=bool(policy)))\n",
+                'no_answer(release=may_release and policy == "release")',
+                "no_answer(release=bool(policy))",
             ),
         ),
     ),

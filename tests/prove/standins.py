@@ -24,6 +24,8 @@ class Clock(types.ModuleType):
         self.time = lambda: simulation.now + 1.7e9
         self.monotonic_ns = lambda: int(simulation.now * 1e9)
         self.perf_counter_ns = self.monotonic_ns
+        self.CLOCK_BOOTTIME = 7
+        self.clock_gettime_ns = lambda clock: int(simulation.now * 1e9)
 
 
 class _NoLock:

@@ -14,7 +14,9 @@ from tests.prove.world import HEARTBEAT, Fault, Violation, World
 
 #: Points that are not swept: the simulated guest has no disk, so its epochs carry no disk writes.
 #: The session's own tests send and take these frames.
-UNSWEPT: Final = frozenset({"put-writes", "got-writes", "put-applied", "got-applied"})
+UNSWEPT: Final = frozenset(
+    f"{way}-{frame}" for way in ("put", "got") for frame in ("writes", "applied", "issued")
+)
 
 # ---- Scenarios: what the administrator, the client and fate do --------------------------------
 

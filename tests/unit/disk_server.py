@@ -24,6 +24,7 @@ class DiskServer:
 
     :param run: the disk's folder, if it is to be elsewhere
     :param states: folder of all durable folders, if this one is to be where daemons look for it
+    :param target: what is to be served, if it is there already
     :ivar folder: what the hotplug script calls the disk's folder
     :ivar target: the file that is served
     :ivar state: its durable folder
@@ -37,6 +38,7 @@ class DiskServer:
         *,
         run: Path | None = None,
         states: Path | None = None,
+        target: Path | None = None,
     ) -> None:
         nbdkit = shutil.which("nbdkit")
         assert nbdkit, "nbdkit is not installed; .ci/packages installs it"
@@ -44,7 +46,7 @@ class DiskServer:
         self._process = -1
         self.folder = run or folder / "run"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.target = folder / "disk.img"
+        self.target = target or folder / "disk.img"
         self.state = state_folder(self.target, states) if states else folder / "state"
         self.state.mkdir(parents=True, exist_ok=True)
         self.bitmap = self.state / "bitmap"
@@ -75,7 +77,7 @@ class DiskServer:
         argv += [f"dir={self.folder}", f"bitmap={self.bitmap}", *words]
         if limit:
             # Ignored, the signal is an error of the write, as a full disk would be.
-            argv = ["env", "--ignore-signal=XFSZ", "prlimit", f"--fsize={limit}", *argv]
+            argv = ["env", "--ignore-signal=XFSZ", "prlimit", f"--fsize={limit}:", *argv]
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.decode())
@@ -108,7 +110,9 @@ class DiskServer:
         if self._process < 0:
             return
         signal.pidfd_send_signal(self._process, number)
-        ended, _, _ = select.select([self._process], [], [], END_SECONDS)
+        poll = select.poll()  # not select: a process with frozen daemons has many descriptors
+        poll.register(self._process, select.POLLIN)
+        ended = poll.poll(END_SECONDS * 1000)
         os.close(self._process)
         self._process = -1
         assert ended, f"nbdkit did not end within {END_SECONDS:g} s"

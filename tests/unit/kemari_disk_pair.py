@@ -30,11 +30,13 @@ _NUMBER = struct.Struct("<Q")
 class Side:
     """One host's disk.
 
+    :param storage: in shared mode, what both hosts reach
     :ivar at_revival: (requests that the revived guest remembers, contents of the disk) of then
     """
 
-    def __init__(self, folder: Path, machine: Machine) -> None:
+    def __init__(self, folder: Path, machine: Machine, storage: Path | None = None) -> None:
         self.machine = machine
+        self.shared = storage is not None
         self.client: NbdClient | None = None
         self.at_revival: tuple[int, bytes] | None = None
         paths = machine.config.paths
@@ -43,6 +45,7 @@ class Side:
             SIZE,
             run=paths.run / "disks" / "1-51712",
             states=paths.state / "disks",
+            target=storage,
         )
         machine.hypervisor.write_disk = self.write
         machine.hypervisor.reached = self.reached
@@ -50,7 +53,11 @@ class Side:
     def serve(self, **config: object) -> None:
         """What block-kemari does when a guest, or a shell, is made."""
         known = metadata.load(self.server.state / "state.json")
-        replica = known is not None and known.role is metadata.Role.REPLICA
+        role = known.role if known is not None else metadata.Role.DISK
+        assert role is not metadata.Role.HELD, "block-kemari would not serve it"
+        if self.shared:
+            config["shared"] = "true"
+        replica = role is metadata.Role.REPLICA
         self.client = self.server.start(replica=str(replica).lower(), **config)
 
     def reached(self, point: str) -> None:
@@ -75,14 +82,22 @@ class Side:
 
 
 class DiskPair(Pair):
-    """Two hosts, and a guest with a disk on a."""
+    """Two hosts, and a guest with a disk on a.
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    :param storages: of each host, in shared mode
+    """
+
+    def __init__(
+        self, folder: Path, storages: dict[str, Path] | None = None, **changes: Any
+    ) -> None:
         super().__init__(folder, guest="none", **changes)
         self.name = "web"
         self.a.hypervisor.destroy_domain("none")
-        self.sides = {name: Side(folder, each) for name, each in self.machines.items()}
-        disk = Disk(51712, "xvda", TARGET, writable=True)
+        self.sides = {
+            name: Side(folder, each, storages[name] if storages else None)
+            for name, each in self.machines.items()
+        }
+        disk = Disk(51712, "xvda", TARGET, writable=True, shared=storages is not None)
         self.guest = self.a.hypervisor.boot("web", disks=[disk])
 
     def locate(self, name: str) -> Callable[[str], Path]:
@@ -105,6 +120,11 @@ class DiskPair(Pair):
         super().__exit__(*given)
         for side in self.sides.values():
             side.stop()
+
+    def power_cut(self, name: str) -> None:
+        """A host is gone, and its disk's server with it."""
+        self.machines[name].power_cut()
+        self.sides[name].stop()
 
     def power_on(self, machine: Machine) -> None:
         """A host comes back, without guests; its disk is as it was."""

@@ -81,6 +81,9 @@ class RecordingStandby:
         await self._called("prepare", (description, generation, options))
         return self.shell, {"domid": 5}
 
+    def issued(self, disk: int, position: int) -> None:
+        self._enter("issued", (disk, position))
+
     async def writes(self, epoch: int, disk: int, untrusted_records: memoryview) -> None:
         await self._called("writes", (epoch, disk, bytes(untrusted_records)))
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from diskbuffer import held
+from diskbuffer.metadata import Fitness, Metadata, Role
+from diskbuffer.status import Flag, StatusPage
 from tests.unit.disk_client import NbdClient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +56,7 @@ class Dom0:
             "KEMARI_STATE": os.fspath(self.folder / "state"),
             "KEMARI_DEV": os.fspath(self.devices),
             "KEMARI_SYS": os.fspath(self.sys),
+            "KEMARI_HELD_SECONDS": "0",
             "PYTHONPATH": os.fspath(ROOT),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin",
         }
@@ -66,7 +70,7 @@ class Dom0:
         assert not list(self.store.glob("lock-*")), "the lock was not given back"
         return said
 
-    def add(self, disk: str, target: Path, mode: str = "w") -> str:
+    def add(self, disk: str, target: Path | str, mode: str = "w") -> str:
         """What libxl does before it calls the script with ``add``, and that."""
         path = self.store / "backend/vbd" / disk
         path.mkdir(parents=True)
@@ -241,3 +245,40 @@ def test_a_replica_is_served_but_takes_no_write(dom0: Dom0, image: Path) -> None
     with pytest.raises(OSError, match="not permitted"):
         client.write(0, bytes(512))
     client.close()
+
+
+def test_a_shared_target_is_served_as_one(dom0: Dom0, image: Path) -> None:
+    assert dom0.add("3/51712", f"shared:{image}") == ""
+    page = StatusPage(dom0.run("3/51712") / "status")
+    assert page.figures().flags == Flag.SHARED
+    page.close()
+    assert (dom0.run("3/51712") / "state" / "target").read_text().strip() == str(image)
+    assert dom0.add("4/51712", image) == f"{image} is in use as another guest's disk"
+    client = dom0.client("3/51712")
+    client.write(512, b"second")
+    client.close()
+    dom0.remove("3/51712")
+    assert image.read_bytes()[512:518] == b"second"
+
+
+def test_a_shared_target_has_an_absolute_path(dom0: Dom0) -> None:
+    said = dom0.add("3/51712", "shared:disk.img")
+    assert said == (
+        "shared:disk.img is no disk, expected shared: and the path of a file or block device"
+    )
+
+
+def test_a_shared_target_whose_guest_is_protected_or_moved_is_not_served(
+    dom0: Dom0, image: Path
+) -> None:
+    assert dom0.add("3/51712", f"shared:{image}") == ""
+    state = (dom0.run("3/51712") / "state").resolve()
+    dom0.remove("3/51712")
+    Metadata(Role.HELD, Fitness.CONSISTENT, MIB).save(state / "state.json")
+    assert dom0.add("4/51712", f"shared:{image}") == (
+        f"{image} is the disk of a guest that is protected, or runs on the other host"
+    )
+    assert dom0.add("5/51712", f"shared:{image}", "r") == ""
+    dom0.remove("5/51712")
+    held.settle(state)
+    assert dom0.add("6/51712", f"shared:{image}") == ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disk writes in a session: WRITES with the epochs, APPLIED beside them."""
+"""Disk writes in a session: WRITES with the epochs, APPLIED and ISSUED beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.link import PeerRefused
 from checkpoint.sender import Writes
 from checkpoint.session import Committed, Outcome, StateError
-from checkpoint.wire import FrameType, pack_applied, pack_writes
+from checkpoint.wire import FrameType, pack_applied, pack_issued, pack_writes
 from tests.unit.session_ends import Guest, Pair, pair
 
 RECORDS = bytes(range(32))
@@ -211,5 +211,48 @@ def test_an_applied_frame_that_breaks_the_protocol_ends_the_session() -> None:
         await ends.receiver.link.flush()
         with pytest.raises(ProtocolError, match="no meaning"):
             await checkpoint(ends, guest, (0, RECORDS))
+
+    run(scenario)
+
+
+def test_what_was_issued_is_told_between_two_epochs() -> None:
+    async def scenario(ends: Pair, guest: Guest) -> None:
+        await guest.protect(ends.sender)
+        await checkpoint(ends, guest, (0, RECORDS))
+        ends.sender.put_issued(0, len(RECORDS))
+        ends.sender.put_issued(3, 1 << 40)
+        await checkpoint(ends, guest, (0, RECORDS))
+        calls = [call for call in ends.standby.calls if call[0] in ("issued", "writes")]
+        assert calls == [
+            ("writes", (1, 0, RECORDS)),
+            ("issued", (0, len(RECORDS))),
+            ("issued", (3, 1 << 40)),
+            ("writes", (2, 0, RECORDS)),
+        ]
+
+    run(scenario)
+
+
+def test_what_was_issued_is_not_told_within_an_epoch() -> None:
+    async def scenario(ends: Pair, guest: Guest) -> None:
+        with pytest.raises(StateError):
+            ends.sender.put_issued(0, 1)
+        await guest.protect(ends.sender)
+        ends.sender.link.put(FrameType.WRITES, pack_writes(0, RECORDS), epoch=1)
+        ends.sender.link.put(FrameType.ISSUED, pack_issued(0, 1))
+        ends.sender.link.push()
+        assert "ISSUED came while" in str(await ends.ended())
+
+    run(scenario)
+
+
+def test_issued_says_nothing_beyond_its_fields() -> None:
+    async def scenario(ends: Pair, guest: Guest) -> None:
+        await guest.protect(ends.sender)
+        wrong = bytearray(pack_issued(0, 1))
+        wrong[5] = 1
+        ends.sender.link.put(FrameType.ISSUED, bytes(wrong))
+        ends.sender.link.push()
+        assert "a bit set that has no meaning" in str(await ends.ended())
 
     run(scenario)

@@ -108,17 +108,20 @@ def test_a_state_that_cannot_be_run_is_known_before(
     assert world.standby.domains[DOMID].pauses == 1
 
 
-def test_a_disk_attaches_to_its_ring(world: World) -> None:
-    world.config["disks"] = [{"vdev": "xvda", "script": "block-kemari", "pdev_path": "/disk"}]
+@pytest.mark.parametrize("word", ["", "shared:"])
+def test_a_disk_attaches_to_its_ring(world: World, word: str) -> None:
+    target = f"{word}/disk"
+    world.config["disks"] = [{"vdev": "xvda", "script": "block-kemari", "pdev_path": target}]
     world.rig.add_disk()
     world.store.nodes |= {f"{VBD}/backend": DISK_BACKEND, f"{VBD}/virtual-device": "51712"}
     world.store.others |= {
         f"{DISK_BACKEND}/dev": "xvda",
-        f"{DISK_BACKEND}/params": "/disk",
+        f"{DISK_BACKEND}/params": target,
         f"{DISK_BACKEND}/mode": "w",
     }
     made = prepared(world)
-    assert made.disks == world.source.disks == [Disk(51712, "xvda", "/disk", writable=True)]
+    disk = Disk(51712, "xvda", "/disk", writable=True, shared=bool(word))
+    assert made.disks == world.source.disks == [disk]
     world.store.nodes[f"{VBD}/backend"] = DISK_BACKEND
     made.revive(world.state, elapsed_ns=0)
     assert world.store.nodes[f"{VBD}/ring-ref"] == "11"

@@ -26,8 +26,9 @@ START_TIMEOUT = 300.0
 DATABASE_PORT = 6379
 #: What the guest's database writes to; the same path on both hosts.
 DATA = f"/{FOLDER}/data.img"
+MAKE_FS = "mkfs.ext4 -q -F -m 0 -J size=4"
 DISKS = f"""disk = [
-    "script=block-kemari,vdev=xvda,access=rw,target={DATA}",
+    "script=block-kemari,vdev=xvda,access=rw,target=@TARGET@",
     "script=block-kemari,vdev=xvdb,access=ro,target=/{programs.PLACE}",
 ]
 """
@@ -42,6 +43,7 @@ class GuestOptions:
     :ivar extra: its kernel's command line
     :ivar disk_mib: size of its disk, on which a database writes; 0: it has none
     :ivar benchmark: it has the benchmark's loads, and a database that keeps everything in memory
+    :ivar storage: block device that both hosts reach, to be that disk; "": each has a file
     :ivar kernel: None for Dom0's own kernel, or a folder on this machine that holds
         ``boot/vmlinuz-VERSION`` and ``lib/modules/VERSION`` as a Debian kernel package does
     """
@@ -52,6 +54,7 @@ class GuestOptions:
     kernel: Path | None = None
     disk_mib: int = 0
     benchmark: bool = False
+    storage: str = ""
 
 
 def compile_program(name: str, *libraries: str) -> bytes:
@@ -76,7 +79,8 @@ def config(options: GuestOptions, kernel: str) -> str:
     text = (HERE / "guest" / "guest.cfg").read_text()
     text = text.replace("@KERNEL@", kernel).replace("@EXTRA@", options.extra)
     text = text.replace("@MEMORY@", str(options.memory_mib)).replace("@VCPUS@", str(options.vcpus))
-    return text + (DISKS if options.disk_mib else "")
+    target = f"shared:{options.storage}" if options.storage else DATA
+    return text + (DISKS.replace("@TARGET@", target) if options.disk_mib else "")
 
 
 def _foreign_kernel(folder: Path) -> tuple[bytes, list[Entry]]:

@@ -317,7 +317,10 @@ class Lab:
             self.write(name, guest_layer(self._base(), options))
         wanted = options or self.options.guest
         if wanted.disk_mib:
-            self._empty_disks(name, wanted.disk_mib)
+            if wanted.storage:
+                self.ssh(name, f"{guests.MAKE_FS} {wanted.storage} && sync")
+            else:
+                self._empty_disks(name, wanted.disk_mib)
         self.ssh(name, "xl create /root/guest.cfg")
         try:
             wait_for_service(self.network)
@@ -333,7 +336,7 @@ class Lab:
         for host in HOSTS:
             make = f"rm -f {guests.DATA}; truncate -s {mib}M {guests.DATA}"
             if host == name:
-                make += f" && mkfs.ext4 -q -F -m 0 -J size=4 {guests.DATA}"
+                make += f" && {guests.MAKE_FS} {guests.DATA}"
             self.ssh(host, f"{make} && sync")
 
     def guest_stop(self, name: str, *, timeout: float = 300) -> None:
