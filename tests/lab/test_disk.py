@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest with a disk and a database on real Xen: what was acknowledged is there ever after.
+"""A guest with a disk and two databases on real Xen: what was acknowledged is there ever after.
 
 ``KEMARI_LAB_CUTS`` is the number of power cuts in a row under writing clients (2, which is also the
 least: the second one is of a host whose disk had to be brought up to date after the first).
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.protection_world import World
-from vagrant.demolib.ledger import Writers
+from vagrant.demolib.databases import Databases
 from vagrant.demolib.stage import end_and_check_disks
 from vagrant.lablib.guest import GuestOptions
 from vagrant.lablib.lab import Lab
@@ -39,14 +39,9 @@ def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World
     yield from shared_world.for_test(request)
 
 
-def writers(world: World, name: str) -> Writers:
-    """Clients of the guest's database."""
-    return Writers(world.lab, world.lab.state / "out" / f"{name}.err")
-
-
-def test_power_cuts_under_a_database(world: World) -> None:
+def test_power_cuts_under_databases(world: World) -> None:
     world.protected()
-    with writers(world, "database") as clients:
+    with Databases(world.lab, world.lab.state / "out") as clients:
         for _ in range(CUTS):
             pair = world.protected()
             clients.wait_done(SOME)
@@ -57,6 +52,7 @@ def test_power_cuts_under_a_database(world: World) -> None:
             clients.wait_done(SOME)
             world.moves += 1
             world.only_on(pair.standby)
+            assert clients.noticed() == []
         assert clients.stop() == []
 
     pair = world.protected()

@@ -24,8 +24,8 @@ from tests.prove import soak_report
 from tests.prove.histories import judge as judge_operations
 from tests.prove.soak_report import Row
 from vagrant.demolib import stage
+from vagrant.demolib.databases import Databases
 from vagrant.demolib.hosts import bring_back, kemari
-from vagrant.demolib.ledger import Writers
 from vagrant.demolib.memory import Memory
 from vagrant.demolib.program import Program
 from vagrant.demolib.talk import Talk
@@ -76,17 +76,17 @@ class Loads:
         self.registers = stack.enter_context(
             Registers(lab, out / "soak-registers.err", options.pause)
         )
-        self.writers = stack.enter_context(
-            Writers(lab, out / "soak-writer.err", options.writers, options.pause)
+        self.databases = stack.enter_context(
+            Databases(lab, out, options.writers, options.pause, "soak")
         )
         self.memory = stack.enter_context(
             Memory(lab, out / "soak-memory.err", options.memory_kib, options.memory_mib)
         )
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """(answers, acknowledged writes) so far."""
-        return sum(self.talk.answers), self.writers.count
+    def counts(self) -> tuple[int, int, int]:
+        """(answers, acknowledged writes, acknowledged transactions) so far."""
+        return sum(self.talk.answers), self.databases.writes, self.databases.commits
 
     def settle(self) -> None:
         """Wait for some more of everything.
@@ -94,12 +94,12 @@ class Loads:
         :raises LabError: a client ended, or waited in vain
         """
         self.talk.wait_answers(SOME)
-        self.writers.wait_done(SOME)
+        self.databases.wait_done(SOME)
 
     def noticed(self) -> list[str]:
         """What does not hold, as far as it can be told while everything goes on."""
         closed = [f"connection {e['connection']}: {e['why']}" for e in self.talk.events("closed")]
-        return [*closed, *self.writers.noticed(), *self.memory.faults]
+        return [*closed, *self.databases.noticed(), *self.memory.faults]
 
     def stop(self, cuts: Sequence[Cut]) -> tuple[list[str], dict[str, Any]]:
         """End the clients and judge all that they saw.
@@ -108,7 +108,7 @@ class Loads:
         :raises LabError: a client did not end
         """
         kept = self.memory.look()
-        found = [*self.memory.faults, *self.registers.stop(), *self.writers.stop()]
+        found = [*self.memory.faults, *self.registers.stop(), *self.databases.stop()]
         verdict = judge(self.talk.stop(), cuts)
         figures = {
             "requests": verdict.requests,
@@ -118,6 +118,8 @@ class Loads:
             "same_connection": verdict.same_connection,
             "clock_jump_ms": verdict.clock_jump_ms,
             "register_operations": len(self.registers.events("done")),
+            "acknowledged_writes": self.databases.writes,
+            "acknowledged_transactions": self.databases.commits,
             "memory_writes": kept.writes,
             "memory_rounds": kept.rounds,
             "memory_mismatches": kept.mismatches,
@@ -173,7 +175,7 @@ class Soak:
 
     def _cut(self, row: Row, loads: Loads, primary: str, standby: str, protected: float) -> float:
         """One power cut, until the guest is protected again: when that was."""
-        answers, writes = loads.counts
+        before = loads.counts
         loads.talk.wait_seconds(self._options.protected)
         loads.settle()
         seen = loads.talk.seen
@@ -192,8 +194,8 @@ class Soak:
         again = time.monotonic()
         row.protected_s = again - cut.at
         loads.memory.look(whole_round)
-        now_answers, now_writes = loads.counts
-        row.answers, row.writes = now_answers - answers, now_writes - writes
+        gained = (now - then for now, then in zip(loads.counts, before, strict=True))
+        row.answers, row.writes, row.commits = gained
         row.violations += loads.noticed()
         return again
 
@@ -207,7 +209,8 @@ class Soak:
             f"protected again after {row.protected_s:.1f} s"
             if row.protected_s
             else "not protected again",
-            f"{row.answers} answers, {row.writes} writes, {len(row.violations)} violations",
+            f"{row.answers} answers, {row.writes} writes, {row.commits} transactions, "
+            f"{len(row.violations)} violations",
         )
         say(f"cut {row.cut}, {row.direction}: {', '.join(known)}")
 
@@ -221,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cuts", type=int, default=50, metavar="N", help="power cuts (%(default)s)")
     add("--protected", type=float, default=5, metavar="S", help="before each cut (%(default)s)")
     add("--disk", type=int, default=64, metavar="MIB", help="size of the disk (%(default)s)")
-    add("--writers", type=int, default=4, metavar="N", help="of the database (%(default)s)")
+    add("--writers", type=int, default=4, metavar="N", help="of the key-value store (%(default)s)")
     add("--interval", type=float, default=100, metavar="MS",
         help="between two requests of a talking connection (%(default)s)")  # fmt: skip
     add("--pause", type=float, default=200, metavar="MS",

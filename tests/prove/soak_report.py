@@ -19,7 +19,8 @@ class Row:
     :ivar failover_s: from the cut to the first answer after it, on any connection
     :ivar protected_s: from the cut until the guest was protected again
     :ivar answers: requests answered since the last cut, on both talking connections
-    :ivar writes: writes that the database acknowledged since the last cut
+    :ivar writes: writes that the key-value store acknowledged since the last cut
+    :ivar commits: transactions that were acknowledged since then
     :ivar violations: one sentence each
     """
 
@@ -29,6 +30,7 @@ class Row:
     protected_s: float | None = None
     answers: int | None = None
     writes: int | None = None
+    commits: int | None = None
     violations: list[str] = field(default_factory=list)
 
     def line(self) -> str:
@@ -50,14 +52,23 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {name: round(quantile(known, share) or 0.0, 2) for name, share in shares.items()}
 
 
-_COLUMNS = ("cut", "direction", "answers again, s", "protected again, s", "answers", "writes")
+_COLUMNS = (
+    "cut",
+    "direction",
+    "answers again, s",
+    "protected again, s",
+    "answers",
+    "writes",
+    "transactions",
+    "violations",
+)
 
 
 def table(rows: Sequence[Row]) -> str:
     """All rows and their spread, in Markdown."""
     lines = [
-        f"| {' | '.join(_COLUMNS)} | violations |",
-        f"|{'---|' * (len(_COLUMNS) + 1)}",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
     ]
     for row in rows:
         cells = (
@@ -67,6 +78,7 @@ def table(rows: Sequence[Row]) -> str:
             _seconds(row.protected_s),
             _count(row.answers),
             _count(row.writes),
+            _count(row.commits),
             f"{len(row.violations)}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -105,7 +117,5 @@ def result(
         "violations": violations,
         "failover_s": spread([row.failover_s for row in rows]),
         "protected_s": spread([row.protected_s for row in rows]),
-        "answers": sum(row.answers or 0 for row in rows),
-        "acknowledged_writes": sum(row.writes or 0 for row in rows),
         **figures,
     }

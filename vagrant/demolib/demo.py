@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from vagrant.demolib import picture, report, stage
+from vagrant.demolib.databases import Databases
 from vagrant.demolib.history import History
 from vagrant.demolib.hosts import bring_back, kemari
-from vagrant.demolib.ledger import Writers
 from vagrant.demolib.picture import Band, Mark
 from vagrant.demolib.report import Figures
 from vagrant.demolib.talk import Talk
@@ -37,14 +37,14 @@ UNPROTECTED = 150
 AFTERWARDS = 15.0
 #: Answers on each connection after which they are coming again.
 SETTLED = 25
-#: Acknowledged writes on each of the database's connections, likewise.
+#: Acknowledged writes on each of the databases' connections, likewise.
 WRITTEN = 10
 
 
 class Demo:
     """One run.
 
-    :param guest: what the guest is to be like; with a disk, clients write to a database on it
+    :param guest: what the guest is to be like; with a disk, clients write to databases on it
     :ivar failures: one sentence for everything that did not hold, beside the verdict's
     """
 
@@ -57,6 +57,7 @@ class Demo:
         self.history: History | None = None
         self.verdict: Verdict | None = None
         self.acknowledged: int | None = None
+        self.committed: int | None = None
         self.out = lab.state / "out"
         self._lab = lab
         self._guest = guest
@@ -78,26 +79,26 @@ class Demo:
         words = ["--interval", str(self._interval_ms)]
         with ExitStack() as clients:
             talk = clients.enter_context(Talk(self._lab, self.out / "demo.jsonl", *words))
-            writers = None
+            databases = None
             if self._guest.disk_mib:
-                errors = self.out / "writer.err"
-                writers = clients.enter_context(Writers(self._lab, errors))
+                databases = clients.enter_context(Databases(self._lab, self.out))
             try:
-                self._story(talk, writers)
-                if writers is not None:
-                    self.failures += writers.stop()
+                self._story(talk, databases)
+                if databases is not None:
+                    self.failures += databases.stop()
             except LabError as error:
                 # What the client saw until then is worth a verdict and a picture all the same.
                 self.failures.append(str(error))
                 if error.details:
                     say(error.details.rstrip())
-            if writers is not None:
-                self.acknowledged = writers.count
+            if databases is not None:
+                self.acknowledged = databases.writes
+                self.committed = databases.commits
             self.history = talk.stop()
         self.verdict = judge(self.history, self.cuts)
         self._draw(self.history, self.verdict)
 
-    def _story(self, talk: Talk, writers: Writers | None) -> None:
+    def _story(self, talk: Talk, databases: Databases | None) -> None:
         say("a client outside both hosts talks to the guest, which is not protected yet")
         talk.wait_answers(UNPROTECTED)
         primary, standby = HOSTS
@@ -106,8 +107,9 @@ class Demo:
                 with step(f"host {standby} gets its power back"):
                     bring_back(self._lab, standby)
             self._cut(talk, primary, standby)
-            if writers is not None:
-                writers.wait_done(WRITTEN)
+            if databases is not None:
+                databases.wait_done(WRITTEN)
+                self.failures += databases.noticed()
             primary, standby = standby, primary
         say("the client goes on")
         talk.wait_seconds(AFTERWARDS)
@@ -202,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--guest-disk", type=int, default=0, metavar="MIB",
-        help="size of a disk with a database under load on it (none)",
+        help="size of a disk with databases under load on it (none)",
     )  # fmt: skip
     parser.add_argument(
         "--protected", type=float, default=20, metavar="S", help="before each cut (%(default)s)"
@@ -240,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         demo.failures.append("interrupted")
     failures = [*demo.failures, *(demo.verdict.failures if demo.verdict else ())]
-    values = report.result(demo.verdict, demo.figures, demo.failures, demo.acknowledged)
+    values = report.result(
+        demo.verdict, demo.figures, demo.failures, demo.acknowledged, demo.committed
+    )
     table = demo.table()
     if table and not args.json_only:
         print(f"\n{table}")

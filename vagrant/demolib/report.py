@@ -62,6 +62,7 @@ def result(
     figures: Sequence[Figures],
     failures: Sequence[str],
     acknowledged: int | None = None,
+    committed: int | None = None,
 ) -> dict[str, Any]:
     """The line's values; what was not measured is None.
 
@@ -71,6 +72,7 @@ def result(
     :param failures: what did not hold beside what the verdict tells of
     :param acknowledged: writes that the guest's database has acknowledged, if it has one: all of
         them are there, or it is among the failures
+    :param committed: transactions that were acknowledged, likewise
     """
     survived = verdict is not None and verdict.survived and not failures
     values: dict[str, Any] = dict.fromkeys(KEYS)
@@ -92,6 +94,8 @@ def result(
         values["wire_bytes_per_checkpoint_p50"] = max(each.wire_bytes_p50 for each in figures)
     if acknowledged is not None:
         values["acknowledged_writes"] = acknowledged
+    if committed is not None:
+        values["acknowledged_transactions"] = committed
     return values
 
 

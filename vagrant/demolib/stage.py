@@ -94,12 +94,26 @@ def other_role(lab: Lab, host: str, expected: str) -> list[str]:
 #: The standby's disk as a power cut leaves it, once its journal was replayed: on a copy.
 _REPLICA = "/root/guest/looked-at.img"
 _REPLAY = f"cp {DATA} {_REPLICA} && {{ e2fsck -y -E journal_only {_REPLICA} || [ $? -lt 4 ]; }}"
-#: The program that looks at Redis' files must be able to write to them.
-_LOOK_AT_REDIS = """
-modprobe loop && cd /root/guest && rm -rf appendonlydir &&
-  mount -o loop,ro,noload {image} /mnt && cp -r /mnt/appendonlydir . && umount /mnt &&
-  redis-check-aof appendonlydir/appendonly.aof.manifest
+#: The databases' programs want to write to what they look at.
+_LOOKED_AT = "/root/guest/looked-at"
+_TAKE_FILES = f"""
+modprobe loop && rm -rf {_LOOKED_AT} && mkdir {_LOOKED_AT} &&
+  mount -o loop,ro,noload {{image}} /mnt && cp -r /mnt/* {_LOOKED_AT} && umount /mnt
 """
+_SQLITE_CHECK = """
+import sqlite3, sys
+for name in ("wal.db", "rollback.db"):
+    found = sqlite3.connect(name).execute("PRAGMA integrity_check").fetchall()
+    if found != [("ok",)]:
+        sys.exit(f"{name}: {found}")
+"""
+#: What looks at a disk -> its command, in this order.
+_LOOKS = {
+    "e2fsck": "e2fsck -fn {image}",
+    "taking the files": _TAKE_FILES,
+    "redis-check-aof": f"cd {_LOOKED_AT} && redis-check-aof appendonlydir/appendonly.aof.manifest",
+    "sqlite's check": f"cd {_LOOKED_AT} && python3 -c '{_SQLITE_CHECK}'",
+}
 
 
 def end_and_check_disks(lab: Lab, primary: str, standby: str) -> list[str]:
@@ -108,7 +122,7 @@ def end_and_check_disks(lab: Lab, primary: str, standby: str) -> list[str]:
     On the one host the file system was left in good order, on the other as a power cut leaves it,
     with nothing of the shutdown's last moments.
 
-    :return: one sentence for everything that is wrong with a file system or the database
+    :return: one sentence for everything that is wrong with a file system or a database
     :raises LabError: the guest did not end in good order, or a host has no power
     """
     with _told_from_now(lab, primary, "ended"), _told_from_now(lab, standby, "stood-down"):
@@ -118,11 +132,8 @@ def end_and_check_disks(lab: Lab, primary: str, standby: str) -> list[str]:
     lab.ssh(standby, _REPLAY)
     found = []
     for name, image in ((primary, DATA), (standby, _REPLICA)):
-        for what, command in (
-            ("e2fsck", f"e2fsck -fn {image}"),
-            ("redis-check-aof", _LOOK_AT_REDIS.format(image=image)),
-        ):
-            result = lab.ssh(name, command, check=False)
+        for what, command in _LOOKS.items():
+            result = lab.ssh(name, command.replace("{image}", image), check=False)
             if result.status != 0:
                 say(result.stdout[-2000:] + result.stderr[-2000:])
                 found.append(f"{what} on host {name} ended with exit status {result.status}")

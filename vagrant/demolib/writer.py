@@ -126,7 +126,9 @@ class Writer:
         print(json.dumps(done), flush=True)
 
 
-async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(
+    host: str = HOST, port: int = PORT
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect, once the database listens: it may still be starting.
 
     :raises OSError: it does not within :data:`PATIENCE`
@@ -134,7 +136,7 @@ async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            return await asyncio.open_connection(HOST, PORT)
+            return await asyncio.open_connection(host, port)
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise

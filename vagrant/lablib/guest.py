@@ -24,7 +24,7 @@ FOLDER = "root/guest"
 EXTRA = "console=hvc0 quiet xen.fifo_events=0 clocksource=tsc tsc=reliable"
 START_TIMEOUT = 300.0
 DATABASE_PORT = 6379
-#: What the guest's database writes to; the same path on both hosts.
+#: What the guest's databases write to; the same path on both hosts.
 DATA = f"/{FOLDER}/data.img"
 MAKE_FS = "mkfs.ext4 -q -F -m 0 -J size=4"
 DISKS = f"""disk = [
@@ -41,7 +41,7 @@ class GuestOptions:
     :ivar vcpus: number of virtual CPUs
     :ivar memory_mib: its memory
     :ivar extra: its kernel's command line
-    :ivar disk_mib: size of its disk, on which a database writes; 0: it has none
+    :ivar disk_mib: size of its disk, on which databases write; 0: it has none
     :ivar benchmark: it has the benchmark's loads, and a database that keeps everything in memory
     :ivar storage: block device that both hosts reach, to be that disk; "": each has a file
     :ivar kernel: None for Dom0's own kernel, or a folder on this machine that holds
@@ -107,6 +107,9 @@ def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
         kernel = f"/{FOLDER}/vmlinuz"
         files[f"{FOLDER}/vmlinuz"] = LayerFile(image)
     user_space = [program("bin/demo", compile_program("demo"))]
+    if options.disk_mib:
+        transactions = compile_program("transactions", "-lsqlite3", "-lm")
+        user_space.append(program("bin/transactions", transactions))
     if options.benchmark:
         user_space.append(program("bin/load", compile_program("load", "-lz")))
         user_space += programs.entries(base.disk)

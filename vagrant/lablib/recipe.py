@@ -103,6 +103,8 @@ NEEDED = {
     "gcc": ("gcc",),
     "iproute2": ("ip",),
     "libc6-dev": (),
+    # The guest's second database.
+    "libsqlite3-dev": (),
     "mmdebstrap": ("mmdebstrap",),
     # The disk's plug-in is compiled with the native module.
     "nbdkit-plugin-dev": (),
