@@ -5,6 +5,7 @@
 # make bench    Kemari beside xl remus in the lab, some hours; QUICK=1: under 15 minutes;
 #               docs/performance.md
 # make bench-micro   speed of the page loops on this machine: docs/performance.md
+# make bench-disk    disks in the lab's guest: raw, by our way, protected: docs/performance.md
 # make fuzz     the page loops under the sanitizers, on random and damaged batches, a few minutes
 # make prove    every fault at every point, random schedules, broken rules: docs/proof.md; LAB=0: no Xen
 # make soak     50 power cuts in a row under load on network, memory and disk: docs/proof.md
@@ -28,7 +29,8 @@ SOAK ?=
 FUZZ_ROUNDS ?= 200000
 FUZZ_SEED ?= 1
 
-.PHONY: demo check lint prove soak docs bench bench-micro fuzz lab-up lab-down packages clean
+.PHONY: demo check lint prove soak docs bench bench-micro bench-disk fuzz lab-up lab-down packages \
+	clean
 .DEFAULT_GOAL := check
 
 packages:
@@ -57,6 +59,9 @@ bench: $(STAMP)
 
 bench-micro: $(STAMP)
 	@$(RUN) bench/micro.py $(BENCH)
+
+bench-disk: $(STAMP)
+	@$(RUN) bench/guest_disk.py $(BENCH)
 
 fuzz: $(STAMP)
 	@PAGES_FUZZ_ROUNDS=$(FUZZ_ROUNDS) PAGES_FUZZ_SEED=$(FUZZ_SEED) \

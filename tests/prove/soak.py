@@ -232,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory-kib", type=int, default=256, metavar="KIB",
         help="of memory written each second (%(default)s)")  # fmt: skip
     add("--memory-mib", type=int, default=8, metavar="MIB", help="of that area (%(default)s)")
+    add("--table", type=Path, metavar="FILE", help="only show the rows in a file of results")
     return parser
 
 
@@ -245,6 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.cuts < 1:
         parser.error(f"--cuts {options.cuts}: expected at least one power cut")
+    if options.table:
+        print(soak_report.table(soak_report.read(options.table.read_text().splitlines(True))))
+        return 0
     extend_path()
     signal.signal(signal.SIGTERM, _terminated)
     lab = Lab(options.state)

@@ -82,5 +82,6 @@ int main(void)
 """
     )
     program = tmp_path / "keep"
-    subprocess.run(["gcc", "-std=c11", "-O1", "-o", program, source], check=True)
+    flags = ["-std=c11", "-O1", "-pthread"]
+    subprocess.run(["gcc", *flags, "-o", program, source, guest.parent / "io.c"], check=True)
     assert subprocess.run([program], stderr=subprocess.DEVNULL, check=False).returncode == 0

@@ -23,10 +23,13 @@
 //     cpu [COUNT]                that many busy loops (1)
 //     burst COUNT PORT [SIZE]    send numbered UDP datagrams of SIZE (64) bytes to the asker
 //     send KIB                   send that much data down this connection before the answer
+//     io DEVICE read|write sequential|random SIZE DEPTH SECONDS
+//                                how fast a disk is past the cache, with DEPTH requests at a time
 //     clock SECONDS              read the clocks in a busy loop; tells gaps and steps backwards
 //     stop                       end what dirty, keep and cpu began
 // dirty, keep and cpu go on after the connection is closed.
 #define _GNU_SOURCE
+#include "io.h"
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -465,6 +468,8 @@ static void serve_commands(int fd)
             burst(fd, out, a, b, c > 0 ? c : 64);
         else if (sscanf(line, "send %ld", &a) == 1)
             send_data(out, a);
+        else if (!strncmp(line, "io ", 3))
+            measure_io(out, line);
         else if (sscanf(line, "clock %lf", &seconds) == 1)
             read_clocks(out, seconds);
         else if (!strncmp(line, "stop", 4)) {

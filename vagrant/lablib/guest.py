@@ -27,11 +27,10 @@ DATABASE_PORT = 6379
 #: What the guest's databases write to; the same path on both hosts.
 DATA = f"/{FOLDER}/data.img"
 MAKE_FS = "mkfs.ext4 -q -F -m 0 -J size=4"
-DISKS = f"""disk = [
-    "script=block-kemari,vdev=xvda,access=rw,target=@TARGET@",
-    "script=block-kemari,vdev=xvdb,access=ro,target=/{programs.PLACE}",
-]
-"""
+#: Bytes that nobody needs, for measurements.
+SCRATCH = f"/{FOLDER}/scratch.img"
+#: What the service consists of beside its own source.
+DEMO = ("-pthread", str(HERE / "guest" / "io.c"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,7 @@ class GuestOptions:
     :ivar memory_mib: its memory
     :ivar extra: its kernel's command line
     :ivar disk_mib: size of its disk, on which databases write; 0: it has none
+    :ivar scratch_mib: size of a further disk, ``xvdc``, with nothing on it; 0: it has none
     :ivar benchmark: it has the benchmark's loads, and a database that keeps everything in memory
     :ivar storage: block device that both hosts reach, to be that disk; "": each has a file
     :ivar kernel: None for Dom0's own kernel, or a folder on this machine that holds
@@ -53,21 +53,22 @@ class GuestOptions:
     extra: str = EXTRA
     kernel: Path | None = None
     disk_mib: int = 0
+    scratch_mib: int = 0
     benchmark: bool = False
     storage: str = ""
 
 
-def compile_program(name: str, *libraries: str) -> bytes:
+def compile_program(name: str, *more: str) -> bytes:
     """Compile one of the guest's programs; linked statically, it needs nothing else in the guest.
 
     :param name: of its source in ``vagrant/guest``, without ``.c``
-    :param libraries: what it is linked with, as words for the compiler
+    :param more: other sources and libraries, as words for the compiler
     :raises LabError: there is no C compiler, or it failed
     """
     check_programs(["gcc"])
     with tempfile.TemporaryDirectory(prefix=f"kemari-{name}-") as work:
         out, source = Path(work) / name, HERE / "guest" / f"{name}.c"
-        run(["gcc", "-static", "-O2", "-s", "-std=c11", "-o", out, source, *libraries])
+        run(["gcc", "-static", "-O2", "-s", "-std=c11", "-o", out, source, *more])
         return out.read_bytes()
 
 
@@ -80,7 +81,14 @@ def config(options: GuestOptions, kernel: str) -> str:
     text = text.replace("@KERNEL@", kernel).replace("@EXTRA@", options.extra)
     text = text.replace("@MEMORY@", str(options.memory_mib)).replace("@VCPUS@", str(options.vcpus))
     target = f"shared:{options.storage}" if options.storage else DATA
-    return text + (DISKS.replace("@TARGET@", target) if options.disk_mib else "")
+    disks = []
+    if options.disk_mib:
+        disks.append(f"vdev=xvda,access=rw,target={target}")
+        disks.append(f"vdev=xvdb,access=ro,target=/{programs.PLACE}")
+    if options.scratch_mib:
+        disks.append(f"vdev=xvdc,access=rw,target={SCRATCH}")
+    lines = [f'    "script=block-kemari,{disk}",\n' for disk in disks]
+    return text + (f"disk = [\n{''.join(lines)}]\n" if disks else "")
 
 
 def _foreign_kernel(folder: Path) -> tuple[bytes, list[Entry]]:
@@ -106,7 +114,7 @@ def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
         image, modules = _foreign_kernel(options.kernel)
         kernel = f"/{FOLDER}/vmlinuz"
         files[f"{FOLDER}/vmlinuz"] = LayerFile(image)
-    user_space = [program("bin/demo", compile_program("demo"))]
+    user_space = [program("bin/demo", compile_program("demo", *DEMO))]
     if options.disk_mib:
         transactions = compile_program("transactions", "-lsqlite3", "-lm")
         user_space.append(program("bin/transactions", transactions))

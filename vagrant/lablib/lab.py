@@ -316,11 +316,7 @@ class Lab:
         if options is not None:
             self.write(name, guest_layer(self._base(), options))
         wanted = options or self.options.guest
-        if wanted.disk_mib:
-            if wanted.storage:
-                self.ssh(name, f"{guests.MAKE_FS} {wanted.storage} && sync")
-            else:
-                self._empty_disks(name, wanted.disk_mib)
+        self._make_disks(name, wanted)
         self.ssh(name, "xl create /root/guest.cfg")
         try:
             wait_for_service(self.network)
@@ -328,16 +324,21 @@ class Lab:
             shown = self.ssh(name, f"xl list; tail -n 30 /var/log/xen/xl-{guests.NAME}*.log")
             raise LabError(str(error), shown.stdout) from None
 
-    def _empty_disks(self, name: str, mib: int) -> None:
-        """A new file system for the guest on the host where it starts, as much room on the other.
+    def _make_disks(self, name: str, options: GuestOptions) -> None:
+        """The guest's disks: on the host where it starts, and as much room on the other.
 
         :raises LabError: a host has no room or no power
         """
-        for host in HOSTS:
-            make = f"rm -f {guests.DATA}; truncate -s {mib}M {guests.DATA}"
-            if host == name:
-                make += f" && {guests.MAKE_FS} {guests.DATA}"
-            self.ssh(host, f"{make} && sync")
+        for host in HOSTS if options.disk_mib or options.scratch_mib else ():
+            steps = [f"rm -f {guests.DATA} {guests.SCRATCH}"]
+            if options.disk_mib and not options.storage:
+                steps.append(f"truncate -s {options.disk_mib}M {guests.DATA}")
+            if options.disk_mib and host == name:
+                steps.append(f"{guests.MAKE_FS} {options.storage or guests.DATA}")
+            if options.scratch_mib:
+                # Written, because holes are read without a disk.
+                steps.append(f"head -c {options.scratch_mib}M /dev/zero >{guests.SCRATCH}")
+            self.ssh(host, " && ".join([*steps, "sync"]))
 
     def guest_stop(self, name: str, *, timeout: float = 300) -> None:
         """Ask the guest on a host to shut down, and wait until it is gone.
