@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 from kemari.faultpoints import MARKER, VARIABLE
 from tests.lab.protection_world import Pair, World
-from tests.prove.histories import judge as judge_history
-from vagrant.demolib.program import Program
+from tests.prove.registers import Registers
 from vagrant.demolib.verdict import judge
 
 #: Answers on each connection that show that it works.
@@ -86,22 +85,16 @@ def clients(world: World) -> Iterator[None]:
     errors = world.lab.state / "out" / "registers.err"
     with (
         world.talk("faults") as talk,
-        Program(world.lab, "registers' client", ["vagrant.demolib.registers"], errors) as registers,
+        Registers(world.lab, errors) as registers,
     ):
         talk.wait_answers(SOME)
         yield
         talk.wait_answers(SOME)
-        registers.finish()
+        assert registers.stop() == []
+        assert registers.count > SOME
         verdict = judge(talk.stop(), [])
         print(verdict)
         assert verdict.failures == ()
-        done = registers.events("done")
-        (end,) = registers.events("end")
-        assert end["broken"] == {}
-        assert len(done) > SOME
-        for judgement in judge_history([*done, end]):
-            print(judgement)
-            assert judgement.linearizable, judgement.sentences()
 
 
 def freshly_protected(world: World, pair: Pair) -> None:

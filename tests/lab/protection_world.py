@@ -234,11 +234,7 @@ class Quiet(Program):
     def __init__(self, lab: Lab) -> None:
         errors = lab.state / "out" / "quiet.err"
         super().__init__(lab, "quiet client", ["vagrant.demolib.quiet"], errors)
-        try:
-            self.wait("the connections", lambda event: event["event"] == "connected", timeout=120)
-        except BaseException:
-            self.close()
-            raise
+        self.begin("the connections", lambda event: event["event"] == "connected", timeout=120)
 
     def ask(self, times: int = 5) -> tuple[float, float]:
         """Send requests on both connections and check the answers.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.protection_world import World
-from vagrant.demolib.databases import Databases
+from vagrant.demolib import databases
 from vagrant.demolib.stage import end_and_check_disks
 from vagrant.lablib.guest import GuestOptions
 from vagrant.lablib.lab import Lab
@@ -41,7 +41,7 @@ def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World
 
 def test_power_cuts_under_databases(world: World) -> None:
     world.protected()
-    with Databases(world.lab, world.lab.state / "out") as clients:
+    with databases.clients(world.lab, world.lab.state / "out") as clients:
         for _ in range(CUTS):
             pair = world.protected()
             clients.wait_done(SOME)

@@ -21,13 +21,11 @@ from types import FrameType
 from typing import Any
 
 from tests.prove import soak_report
-from tests.prove.histories import judge as judge_operations
+from tests.prove.registers import Registers
 from tests.prove.soak_report import Row
-from vagrant.demolib import stage
-from vagrant.demolib.databases import Databases
+from vagrant.demolib import databases, stage
 from vagrant.demolib.hosts import bring_back, kemari
 from vagrant.demolib.memory import Memory
-from vagrant.demolib.program import Program
 from vagrant.demolib.talk import Talk
 from vagrant.demolib.verdict import Cut, judge
 from vagrant.lablib.command import extend_path, say, step
@@ -43,27 +41,6 @@ from vagrant.lablib.recipe import RECIPES
 SOME = 10
 
 
-class Registers(Program):
-    """Clients of the guest's registers."""
-
-    def __init__(self, lab: Lab, errors: Path, pause_ms: float) -> None:
-        words = ["vagrant.demolib.registers", "--connections", "3", "--pause", str(pause_ms)]
-        super().__init__(lab, "registers' client", words, errors)
-
-    def stop(self) -> list[str]:
-        """Have them ask no more; a sentence for everything that no single machine would answer.
-
-        :raises LabError: they did not end
-        """
-        self.finish()
-        ends = self.events("end")
-        if not ends:
-            raise LabError("The registers' client ended without a result.", self.said())
-        broken = [f"register connection {i}: {why}" for i, why in ends[-1]["broken"].items()]
-        judgements = judge_operations([*self.events("done"), ends[-1]])
-        return broken + [each for judgement in judgements for each in judgement.sentences()]
-
-
 class Loads:
     """Everything that works on the guest from outside, over connections that stay.
 
@@ -72,12 +49,13 @@ class Loads:
 
     def __init__(self, lab: Lab, out: Path, options: argparse.Namespace, stack: ExitStack) -> None:
         words = ["--interval", str(options.interval), "--drain", "60"]
+        pause = str(options.pause)
         self.talk = stack.enter_context(Talk(lab, out / "soak-talk.jsonl", *words))
         self.registers = stack.enter_context(
-            Registers(lab, out / "soak-registers.err", options.pause)
+            Registers(lab, out / "soak-registers.err", "--connections", "3", "--pause", pause)
         )
         self.databases = stack.enter_context(
-            Databases(lab, out, options.writers, options.pause, "soak")
+            databases.clients(lab, out, options.writers, options.pause)
         )
         self.memory = stack.enter_context(
             Memory(lab, out / "soak-memory.err", options.memory_kib, options.memory_mib)
@@ -117,7 +95,7 @@ class Loads:
             "reordered": verdict.reordered,
             "same_connection": verdict.same_connection,
             "clock_jump_ms": verdict.clock_jump_ms,
-            "register_operations": len(self.registers.events("done")),
+            "register_operations": self.registers.count,
             "acknowledged_writes": self.databases.writes,
             "acknowledged_transactions": self.databases.commits,
             "memory_writes": kept.writes,

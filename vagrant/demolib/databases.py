@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from vagrant.demolib.ledger import Writers
-from vagrant.demolib.program import Event, Program
-from vagrant.lablib.errors import LabError
+from vagrant.demolib.program import Event, Program, connected
 from vagrant.lablib.lab import Lab
 
 
@@ -25,23 +24,7 @@ class Transactions(Program):
         words = ["vagrant.demolib.transactions", "--connections", str(connections)]
         super().__init__(lab, "transactions' client", [*words, "--pause", str(pause_ms)], errors)
         self._connections = connections
-        try:
-            for index in range(connections):
-                self._wait_each("connected", index, 1, 0, 300)
-        except BaseException:
-            self.close()
-            raise
-
-    def _wait_each(self, name: str, index: int, count: int, since: int, timeout: float) -> None:
-        left = count
-
-        def wanted(event: Event) -> bool:
-            nonlocal left
-            if event["event"] == name and event["connection"] == index:
-                left -= 1
-            return left <= 0
-
-        self.wait(f"{count} {name} of {index}", wanted, since=since, timeout=timeout)
+        self.begin("the connections", *map(connected, range(connections)))
 
     def wait_done(self, count: int, *, timeout: float = 300) -> None:
         """Wait until so many more were acknowledged on each connection.
@@ -50,7 +33,15 @@ class Transactions(Program):
         """
         since = self.seen
         for index in range(self._connections):
-            self._wait_each("done", index, count, since, timeout)
+            left = count
+
+            def wanted(event: Event, index: int = index) -> bool:
+                nonlocal left
+                if event["event"] == "done" and event["connection"] == index:
+                    left -= 1
+                return left <= 0
+
+            self.wait(f"{count} more transactions", wanted, since=since, timeout=timeout)
 
     def look(self) -> list[str]:
         """Look at the tables: one sentence for everything that does not hold.
@@ -68,48 +59,18 @@ class Transactions(Program):
         :return: one sentence for everything that does not hold
         :raises LabError: they did not end
         """
-        self.finish()
-        ends = self.events("end")
-        if not ends:
-            raise LabError("The transactions' client ended without a result.", self.said())
-        broken = [f"connection {index} ended: {why}" for index, why in ends[-1]["broken"].items()]
-        late = [f"{ends[-1]['late']} transactions have no answer"] if ends[-1]["late"] else []
+        end = self.result()
+        broken = [f"connection {index} ended: {why}" for index, why in end["broken"].items()]
+        late = [f"{end['late']} transactions have no answer"] if end["late"] else []
         return [*broken, *late, *self.events("looked")[-1]["faults"]]
 
 
+@dataclass(frozen=True, slots=True)
 class Databases:
-    """Clients of both databases of the guest.
+    """Clients of both databases of the guest."""
 
-    :param out: folder for what they say on standard error
-    :param connections: to the key-value store; half as many to the transactions
-    :param pause_ms: greatest pause between two writes of a connection
-    :raises LabError: the lab is down, or a database does not answer
-    """
-
-    def __init__(
-        self, lab: Lab, out: Path, connections: int = 4, pause_ms: float = 0, name: str = "database"
-    ) -> None:
-        with ExitStack() as stack:
-            self.writers = stack.enter_context(
-                Writers(lab, out / f"{name}-writer.err", connections, pause_ms)
-            )
-            self.transactions = stack.enter_context(
-                Transactions(
-                    lab, out / f"{name}-transactions.err", max(2, connections // 2), pause_ms
-                )
-            )
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+    writers: Writers
+    transactions: Transactions
 
     @property
     def writes(self) -> int:
@@ -143,3 +104,20 @@ class Databases:
         :raises LabError: they did not end
         """
         return [*self.writers.stop(), *self.transactions.stop()]
+
+
+@contextmanager
+def clients(lab: Lab, out: Path, connections: int = 4, pause_ms: float = 0) -> Iterator[Databases]:
+    """Clients that write to both databases.
+
+    :param out: folder for what they say on standard error
+    :param connections: to the key-value store; half as many to the transactions
+    :param pause_ms: greatest pause between two writes of a connection
+    :raises LabError: the lab is down, or a database does not answer
+    """
+    half = max(2, connections // 2)
+    with (
+        Writers(lab, out / "writer.err", connections, pause_ms) as writers,
+        Transactions(lab, out / "transactions.err", half, pause_ms) as transactions,
+    ):
+        yield Databases(writers, transactions)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from vagrant.demolib import picture, report, stage
+from vagrant.demolib import databases, picture, report, stage
 from vagrant.demolib.databases import Databases
 from vagrant.demolib.history import History
 from vagrant.demolib.hosts import bring_back, kemari
@@ -79,26 +79,26 @@ class Demo:
         words = ["--interval", str(self._interval_ms)]
         with ExitStack() as clients:
             talk = clients.enter_context(Talk(self._lab, self.out / "demo.jsonl", *words))
-            databases = None
+            writing = None
             if self._guest.disk_mib:
-                databases = clients.enter_context(Databases(self._lab, self.out))
+                writing = clients.enter_context(databases.clients(self._lab, self.out))
             try:
-                self._story(talk, databases)
-                if databases is not None:
-                    self.failures += databases.stop()
+                self._story(talk, writing)
+                if writing is not None:
+                    self.failures += writing.stop()
             except LabError as error:
                 # What the client saw until then is worth a verdict and a picture all the same.
                 self.failures.append(str(error))
                 if error.details:
                     say(error.details.rstrip())
-            if databases is not None:
-                self.acknowledged = databases.writes
-                self.committed = databases.commits
+            if writing is not None:
+                self.acknowledged = writing.writes
+                self.committed = writing.commits
             self.history = talk.stop()
         self.verdict = judge(self.history, self.cuts)
         self._draw(self.history, self.verdict)
 
-    def _story(self, talk: Talk, databases: Databases | None) -> None:
+    def _story(self, talk: Talk, writing: Databases | None) -> None:
         say("a client outside both hosts talks to the guest, which is not protected yet")
         talk.wait_answers(UNPROTECTED)
         primary, standby = HOSTS
@@ -107,9 +107,9 @@ class Demo:
                 with step(f"host {standby} gets its power back"):
                     bring_back(self._lab, standby)
             self._cut(talk, primary, standby)
-            if databases is not None:
-                databases.wait_done(WRITTEN)
-                self.failures += databases.noticed()
+            if writing is not None:
+                writing.wait_done(WRITTEN)
+                self.failures += writing.noticed()
             primary, standby = standby, primary
         say("the client goes on")
         talk.wait_seconds(AFTERWARDS)

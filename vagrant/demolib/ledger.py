@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vagrant.demolib.program import Event, Program
+from vagrant.demolib.program import Event, Program, connected
 from vagrant.demolib.writer import TOTAL, list_of
-from vagrant.lablib.errors import LabError
 from vagrant.lablib.lab import Lab
 
 
@@ -127,17 +126,7 @@ class Writers(Program):
         words += ["--pause", str(pause_ms)]
         super().__init__(lab, "writer", words, errors)
         self._connections = connections
-        try:
-            for index in range(connections):
-                self.wait(
-                    f"connection {index}",
-                    lambda event, index=index: (  # type: ignore[misc]
-                        event["event"] == "connected" and event["connection"] == index
-                    ),
-                )
-        except BaseException:
-            self.close()
-            raise
+        self.begin("the connections", *map(connected, range(connections)))
 
     def wait_done(self, count: int, *, timeout: float = 300) -> None:
         """Wait until so many more appends were acknowledged on each connection.
@@ -178,11 +167,7 @@ class Writers(Program):
         :return: one sentence for everything that does not fit
         :raises LabError: they did not end
         """
-        self.finish()
-        ends = self.events("end")
-        if not ends:
-            raise LabError("The writer ended without a result.", self.said())
-        end = ends[-1]
+        end = self.result()
         waiting = [(connection, command) for connection, command, _ in end["waiting"]]
         held = Contents(**end["contents"])
         broken = [f"connection {index} ended: {why}" for index, why in end["broken"].items()]

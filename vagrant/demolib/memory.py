@@ -70,11 +70,7 @@ class Memory(Program):
     def __init__(self, lab: Lab, errors: Path, kib: int, mib: int) -> None:
         words = ["vagrant.demolib.memory", str(kib), str(mib)]
         super().__init__(lab, "memory load's client", words, errors)
-        try:
-            self.wait("the connection", lambda event: event["event"] == "began", timeout=PATIENCE)
-        except BaseException:
-            self.close()
-            raise
+        self.begin("the load", lambda event: event["event"] == "began")
 
     @property
     def told(self) -> list[Kept]:

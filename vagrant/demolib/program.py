@@ -19,6 +19,11 @@ from vagrant.lablib.lab import REPOSITORY, Lab
 Event = dict[str, Any]
 
 
+def connected(connection: int) -> Callable[[Event], bool]:
+    """Whether an event tells that this connection is there."""
+    return lambda event: event["event"] == "connected" and event["connection"] == connection
+
+
 class Program:
     """Runs until it is stopped; each line that it prints is an event, a JSON object.
 
@@ -98,6 +103,18 @@ class Program:
                         self.said(),
                     )
 
+    def begin(self, what: str, *wanted: Callable[[Event], bool], timeout: float = 300) -> None:
+        """Wait for all of these events, which come first; end the program if they do not come.
+
+        :raises LabError: they did not come in time, or the program ended
+        """
+        try:
+            for each in wanted:
+                self.wait(what, each, timeout=timeout)
+        except BaseException:
+            self.close()
+            raise
+
     def tell(self, line: str) -> None:
         """Write a line to its standard input."""
         assert self._process.stdin is not None
@@ -120,6 +137,17 @@ class Program:
                 f"The {self.name} did not end within {timeout:.0f} s.", self.said()
             ) from None
         self._reader.join(timeout=10)
+
+    def result(self) -> Event:
+        """Ask it to end, and the event ``end`` that it came to.
+
+        :raises LabError: it did not end, or without that
+        """
+        self.finish()
+        ends = self.events("end")
+        if not ends:
+            raise LabError(f"The {self.name} ended without a result.", self.said())
+        return ends[-1]
 
     def close(self) -> None:
         """End it at once if it still runs."""

@@ -24,11 +24,7 @@ class Talk(Program):
         self.records = records
         words = ["vagrant.demolib.client", str(records.absolute()), *options]
         super().__init__(lab, "client", words, records.with_suffix(".err"))
-        try:
-            self.wait("the connections", lambda event: event["event"] == "connected", timeout=120)
-        except BaseException:
-            self.close()
-            raise
+        self.begin("the connections", lambda event: event["event"] == "connected", timeout=120)
 
     @property
     def answers(self) -> list[int]:
