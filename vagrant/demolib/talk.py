@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from vagrant.demolib.client import SILENCE
 from vagrant.demolib.history import History, HistoryError, read
 from vagrant.demolib.program import Program
 from vagrant.lablib.errors import LabError
@@ -58,6 +59,8 @@ class Talk(Program):
     def wait_resumed(self, after: float, *, since: int, timeout: float = 180) -> list[float]:
         """Wait until answers came again on every connection after a silence.
 
+        What comes within the time that makes a silence may have left before it, and is not meant.
+
         :param after: when the silence began, at the earliest
         :param since: index of the first event to look at, see :attr:`seen`
         :return: when, for each connection
@@ -70,7 +73,7 @@ class Talk(Program):
                 lambda event, index=index: (  # type: ignore[misc]
                     event["event"] in ("resumed", "closed")
                     and event["connection"] == index
-                    and event["at"] > after
+                    and event["at"] > after + SILENCE
                 ),
                 since=since,
                 timeout=timeout,
