@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's own parts: traces, and the loops that it compares with."""
+"""The benchmarks' own parts: traces, the loops that are compared with, ratios."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import instructions, micro, traces
+from bench import guest_disk, instructions, micro, traces
 from bench.record import record
 from checkpoint.memory import MemoryHypervisor
+from vagrant.lablib.errors import LabError
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,17 @@ def test_recorded_traces_are_small_and_arrive_by_either_delta(
     plain = tmp_path / "trace"
     plain.write_bytes(trace.plain())
     assert subprocess.run([program, "check", plain], check=False).returncode == 0
+
+
+def test_a_guest_s_disk_s_figures_come_as_ratios_to_the_raw_one() -> None:
+    job = guest_disk.Job("read", "random", "4 KiB", 1)
+    line = "ok io requests 100 seconds 2.0 p50_us 1500 p99_us 20000\n"
+    raw = guest_disk.Figure.read(line)
+    assert raw == guest_disk.Figure(50.0, 1.5, 20.0)
+    slow = guest_disk.Figure(10.0, 90.0, 99.0)
+    medians = {job: {"raw": raw, "unprotected": raw, "protected": slow}}
+    assert "| 50 (1.00) | 50 (1.00) | 10 (0.20) |" in guest_disk.table(medians)
+    assert guest_disk.middle([raw, slow, slow]) == slow
+    assert job.command("/dev/xvdc", 2.0) == "io /dev/xvdc read random 4096 1 2.0"
+    with pytest.raises(LabError, match="expected figures"):
+        guest_disk.Figure.read("error io: no such disk\n")
