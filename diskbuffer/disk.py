@@ -52,16 +52,24 @@ class DiskBuffer:
     :param folder: the run folder of the disk's server, e.g. ``/run/kemari/disks/3-51712``
     :param news: called in the event loop with ``full``, ``synced``, or ``lost`` or ``ended`` and a
         sentence: changes are not written down any more, or the server is gone
+    :param step: is told "marked" when all is marked as differing, "recorded" when the pair is on
+        disk, "merged" when what the other host knows is, "streaming" when the stream is open
     :ivar size: of the disk, bytes; known after :meth:`open`
     :ivar taken: bytes of the stream that :meth:`read` has given out
     """
 
-    def __init__(self, folder: Path, news: Callable[[str, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        news: Callable[[str, str], None] | None = None,
+        step: Callable[[str], None] | None = None,
+    ) -> None:
         self.folder = folder
         self.size = 0
         self.taken = 0
         self.target = ""
         self._news = news or (lambda event, text: None)
+        self._step = step or (lambda step: None)
         self._control: Control | None = None
         self._page: StatusPage | None = None
         self._socket: socket.socket | None = None
@@ -144,18 +152,22 @@ class DiskBuffer:
             fresh.fill()
             await asyncio.to_thread(fresh.save, self._state / "bitmap")
             self._bitmap = fresh
+            self._step("marked")
         elif self._bitmap is None or self._bitmap.pair != pair:
             raise BitmapError("Only a pair whose differences are known can be brought up to date")
         known = Metadata(
             Role.DISK, Fitness.CONSISTENT, self.size, pair, peer, generation, guest=guest
         )
         await asyncio.to_thread(known.save, self._state / "state.json")
+        self._step("recorded")
         await control.ask("load")
         runs = list(differing or ())
         for start in range(0, len(runs), _MERGE_RUNS):
             words = (f"{first}+{count}" for first, count in runs[start : start + _MERGE_RUNS])
             await control.ask(f"merge {' '.join(words)}")
+        self._step("merged")
         await self._open_stream()
+        self._step("streaming")
 
     async def _open_stream(self) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -84,6 +84,9 @@ class Replica:
     :param on_applied: called in the event loop with (last epoch that is whole on stable storage,
         batches of this session that are)
     :param on_failed: called in the event loop, once, when the copy cannot be kept up any more
+    :param step: is told "recorded" when this host's copy is a replica, "apply", "written",
+        "flushed" as records go to the target, "consistent" and "unmarked" after epoch 1, "marked"
+        and "disk" in a takeover, each when it is reached, in whichever thread
     :ivar size: bytes
     :ivar known: see :class:`Known`
     """
@@ -96,6 +99,7 @@ class Replica:
         budget: int = BUDGET,
         on_applied: Callable[[int, int], None] | None = None,
         on_failed: Callable[[DiskError], None] | None = None,
+        step: Callable[[str], None] | None = None,
     ) -> None:
         self.target = target
         self.size = 0
@@ -104,6 +108,7 @@ class Replica:
         self._budget = budget
         self._on_applied = on_applied or (lambda epoch, batches: None)
         self._on_failed = on_failed or (lambda error: None)
+        self._step = step or (lambda step: None)
         self._backing: Backing | None = None
         self._metadata: Metadata | None = None
         self._staged = _Epoch(0)
@@ -160,6 +165,7 @@ class Replica:
 
     def _begin(self, mine: Metadata) -> None:
         mine.save(self._state / "state.json")
+        self._step("recorded")
         if self.known.full:
             # Marks of another pair, or damaged ones, say nothing of this one.
             self._forget_marks()
@@ -295,8 +301,10 @@ class Replica:
     def _become_disk(self, mine: Metadata, generation: int) -> None:
         fresh = Bitmap(mine.size, mine.pair, mine.peer or str(uuid.UUID(int=0)), generation)
         fresh.save(self._state / "bitmap")
+        self._step("marked")
         self._metadata = replace(mine, role=Role.DISK, generation=generation)
         self._metadata.save(self._state / "state.json")
+        self._step("disk")
 
     async def close(self) -> None:
         """Apply what is sealed, drop the rest, close the target (idempotent)."""
@@ -348,11 +356,14 @@ class Replica:
 
     def _apply(self, epoch: _Epoch) -> None:
         assert self._backing is not None
+        self._step("apply")
         self._backing.apply(epoch.records)
+        self._step("written")
         self._unflushed += epoch.size
         if epoch.last or self._unflushed >= FLUSH_BYTES:
             self._backing.flush()
             self._unflushed = 0
+            self._step("flushed")
         if epoch.number == 1 and epoch.last:
             self._become_consistent()
 
@@ -360,8 +371,10 @@ class Replica:
         assert self._metadata is not None
         fit = replace(self._metadata, state=Fitness.CONSISTENT, epoch=1)
         fit.save(self._state / "state.json")
+        self._step("consistent")
         # What this host wrote as a primary is rolled forward over now.
         self._forget_marks()
+        self._step("unmarked")
         self._metadata = fit
 
     def _forget_marks(self) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from checkpoint.codec import Coded, Encoder
 from checkpoint.driver import Source, Staging
 from checkpoint.faultpoints import reach
+from checkpoint.runstate import StateError
 from checkpoint.sender import Sender
 from kemari.host import in_thread
 
@@ -111,7 +112,7 @@ async def base_copy(
                 coming = asyncio.create_task(
                     in_thread(_code_next, source, encoder, chunks, staging)
                 )
-                progress.wire_bytes += await sender.send_base(batches)
+                progress.wire_bytes += await _send(sender, batches)
                 reach("base-sent")
                 progress.done += pages
                 progress.total = max(progress.total, progress.done)
@@ -124,6 +125,16 @@ async def base_copy(
             break
     await before_end()
     await sender.finish_base()
+
+
+async def _send(sender: Sender, batches: Sequence[Coded]) -> int:
+    """As :meth:`Sender.send_base`; records of the disks may have met the link's end before."""
+    try:
+        return await sender.send_base(batches)
+    except StateError as error:
+        if not sender.link.closed:
+            raise
+        raise sender.link.error() from error
 
 
 def _chunks(source: Source) -> Iterator[array[int]]:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from checkpoint.driver import Disk
 from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.faultpoints import reach
 from checkpoint.sender import Sender, Writes
 from checkpoint.wire import Fields
 from diskbuffer.disk import DiskBuffer
@@ -125,7 +126,9 @@ class SourceDisks:
         for folder in await asyncio.to_thread(servers, self._run, self._locate(disk.target)):
             kind = HeldDisk if disk.shared else DiskBuffer
             heard = self._shared_heard if disk.shared else self._heard
-            buffer = kind(folder, functools.partial(heard, disk))
+            buffer = kind(
+                folder, functools.partial(heard, disk), lambda step: reach(f"disk-{step}")
+            )
             try:
                 await buffer.open()
             except ServerGone:
@@ -285,6 +288,8 @@ class SourceDisks:
         """
         for stream in self._streams:
             stream.boundary = stream.buffer.position()
+        if self._streams:
+            reach("disks-closed")
 
     def pending(self) -> Pending:
         """What belongs to the captured epoch and is to be sent, for :meth:`read`."""
@@ -351,12 +356,14 @@ class SourceDisks:
             for stream in self._replicated():
                 position = stream.applied
                 if position > stream.told:
+                    reach("disks-tell")
                     try:
                         await stream.buffer.applied(position)
                     except ServerError as error:
                         log.info("%s: %s", stream.disk.vdev, error)
                         return  # it is gone, which the stream's end tells
                     stream.told = position
+                    reach("disks-told")
 
     # ---- The end ----
 

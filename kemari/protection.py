@@ -272,6 +272,7 @@ class Protection:
 
     async def _undo(self, why: str) -> None:
         """Remove what a start that failed has built; the guest goes on."""
+        self._establishing = None  # whoever cancels from here on only waits for the end of this
         self.why = why
         ending = Ending(self._host, self.guest, self.uuid)
         if self._cycle is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from checkpoint.errors import CheckpointError, ProtocolError, ReviveError
+from checkpoint.faultpoints import reach
 from checkpoint.wire import Fields
 from diskbuffer import bitmap
 from diskbuffer.errors import DiskError, RecordError
@@ -123,7 +124,12 @@ class StandbyDisks:
 
     def _replica(self, number: int, target: Path) -> Replica:
         state = state_folder(target, self._paths.state / "disks")
-        replica = Replica(target, state, on_applied=functools.partial(self._applied, number))
+        replica = Replica(
+            target,
+            state,
+            on_applied=functools.partial(self._applied, number),
+            step=lambda step: reach(f"replica-{step}"),
+        )
         self._replicas[number] = replica
         return replica
 
@@ -191,11 +197,15 @@ class StandbyDisks:
         if self.sealed != epoch:
             raise ReviveError(f"the disks are of epoch {self.sealed}, expected {epoch}")
         replicas = list(self._replicas.values())
+        reach("disks-settle")
         try:
             # All before any: a failure leaves no disk that is a replica no more.
             await asyncio.gather(*(replica.settle() for replica in replicas))
+            reach("disks-settled")
             await asyncio.gather(*(replica.take_over(generation) for replica in replicas))
+            reach("disks-taken")
             await self._servers.activate()
+            reach("disks-activated")
         except DiskError as error:
             raise ReviveError(str(error)) from error
 

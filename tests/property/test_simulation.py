@@ -11,9 +11,10 @@ import pytest
 from checkpoint.faultpoints import POINTS
 from checkpoint.memory import MemorySource
 from tests.prove import schedules, sweep
-from tests.prove.machine import Machine
+from tests.prove.disks import CHUNK, HostDisk
+from tests.prove.machine import GUEST, Machine
 from tests.prove.simulation import Process, Simulation
-from tests.prove.sweep import ACTIONS, SCENARIOS, UNSWEPT, Case, baseline, cases
+from tests.prove.sweep import ACTIONS, SCENARIOS, UNSWEPT, WORLDS, Case, baseline, cases
 from tests.prove.world import Fault, Violation, World
 
 # ---- The product ----
@@ -35,6 +36,8 @@ FOUND = (
     Case("talk_and_stop", "got-state", 10, "stall-long", "release", 7),
     # The time-outs of a primary that stood still passed for the standby's silence.
     Case("primary_killed", "put-stand-down", 1, "stall-long", "release", 7),
+    # The daemon's own fault, not the end of the connection, was what ended a copy of disks.
+    Case("primary_killed", "put-pages", 9, "stall", "release", 7, disks=True),
 )
 
 
@@ -45,9 +48,9 @@ def test_what_was_found_stays_cured(case: Case) -> None:
     assert not outcome.violation, outcome.violation
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_scenarios_end_well(scenario: str) -> None:
-    outcome = baseline(scenario)
+@pytest.mark.parametrize(("scenario", "disks"), WORLDS)
+def test_scenarios_end_well(scenario: str, disks: bool) -> None:
+    outcome = baseline(scenario, disks=disks)
     assert not outcome.violation, outcome.violation
 
 
@@ -61,8 +64,24 @@ def test_scenarios_end_well_where_processors_are_short(
 
 
 def test_every_fault_point_is_reached() -> None:
-    reached = {point for scenario in SCENARIOS for point in baseline(scenario).reached}
-    assert reached == set(POINTS) - UNSWEPT
+    runs = [baseline(scenario) for scenario in SCENARIOS]
+    runs.append(baseline("there_and_back", disks=True))
+    assert {point for run in runs for point in run.reached} == set(POINTS) - UNSWEPT
+
+
+@pytest.mark.parametrize("disks", [False, True])
+@pytest.mark.parametrize("moment", [0.004, 0.012, 0.03])
+def test_who_stops_a_beginning_protection_twice_gets_two_answers(
+    disks: bool, moment: float
+) -> None:
+    with World(3, disks=disks) as world:
+        world.a.ask("start", domain=GUEST, standby="b")
+        world.wait(moment)
+        first = world.a.ask("stop", domain=GUEST)
+        world.wait(0.0005)
+        second = world.a.ask("stop", domain=GUEST)
+        assert world.run(lambda: first.done and second.done, 30)
+        world.settle()
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -180,3 +199,76 @@ def test_a_fault_happens_at_its_time_only() -> None:
         world.protect()
         world.answers(5)
         assert seen == ["a after 3"]
+
+
+# ---- The guest's disk: it must notice ----
+
+
+def _disks(world: World) -> tuple[HostDisk, HostDisk]:
+    assert world.a.disk is not None
+    assert world.b.disk is not None
+    return world.a.disk, world.b.disk
+
+
+def test_after_a_failover_both_copies_are_brought_together_and_marks_are_cleared() -> None:
+    with World(1, disks=True) as world:
+        one, other = _disks(world)
+        world.protect()
+        world.answers(5)
+        world.busy(5)
+        world.a.power_cut(back_after=2.0)
+        world.answers(5)
+        world.wait(2.5)
+        assert world.disks is not None
+        assert world.disks.revivals == 1
+        assert one.known.marked, "what a had written on is marked"
+        world.protect("b")
+        world.answers(5)
+        world.wait(6.0)
+        assert not one.known.marked | other.known.marked
+        assert one.target.now == other.target.now
+        assert one.target.stable == other.target.stable
+
+
+def test_a_change_under_the_guest_is_noticed() -> None:
+    with World(0, disks=True) as world:
+        _disks(world)[0].target.write(9 * CHUNK, b"somebody else's")
+        with pytest.raises(Violation, match="has changed under the guest"):
+            world.answers(2)
+
+
+def test_a_difference_that_is_not_marked_is_noticed() -> None:
+    with World(0, disks=True) as world:
+        world.protect()
+        world.answers(3)
+        world.wait(6.0)
+        with pytest.raises(Violation, match="may differ on the two hosts, and is not marked"):
+            _disks(world)[1].target.write(9 * CHUNK, b"a stray write")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_disk_of_another_epoch_is_noticed(late: bool) -> None:
+    with World(0, disks=True) as world:
+        world.protect()
+        world.answers(3)
+        one, other = _disks(world)
+        if late:
+            world.busy(1)
+            other.target.now[:] = one.target.now
+        else:
+            other.target.now[:] = bytes(len(other.target.now))
+        world.a.power_cut()
+        match = "holds a change of a later epoch" if late else "a change is missing"
+        with pytest.raises(Violation, match=match):
+            world.answers(3)
+
+
+def test_a_copy_that_no_guest_could_have_seen_is_noticed() -> None:
+    with World(0, disks=True) as world:
+        world.protect()
+        world.answers(5)
+        other = _disks(world)[1]
+        world.wait(0.5)
+        other.target.stable[CHUNK : CHUNK + 512] = bytes(512)
+        with pytest.raises(Violation, match=r"lacks request 0, of 5, after a power cut|may differ"):
+            world.b.power_cut()

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Final
 
 from tests.prove import schedules, sweep
@@ -29,6 +30,16 @@ _FIRST: Final = (
     ("declined", "let-go-recorded", 1, "kill"),
     ("talk_and_stop", "got-ack", 6, "stall"),
     ("talk_and_stop", "got-pages", 6, "partition"),
+)
+#: Faults that are tried first where the guest's disk is concerned: (point, its time, action).
+_DISK_FIRST: Final = (
+    ("got-writes", 5, "peer-power"),
+    ("paused", 4, "knock"),
+    ("replica-apply", 1, "power"),
+    ("replica-written", 7, "power"),
+    ("got-writes", 8, "peer-power"),
+    ("pages-copied", 5, "knock"),
+    ("replica-written", 6, "power"),
 )
 #: Points around which a request comes and power fails, with several seeds.
 _KNOCKS: Final = (
@@ -56,6 +67,21 @@ class Verdict:
     by: str = ""
     why: str = ""
     runs: int = 0
+
+
+def _disk_runs() -> Iterator[tuple[str, sweep.Outcome]]:
+    for seed in range(2):
+        for scenario in ("there_and_back", "protected_again", "planned"):
+            outcome = sweep.baseline(scenario, seed=seed, disks=True)
+            yield f"course of {scenario} with a disk", outcome
+    for seed in range(12):
+        for point, nth, action in _DISK_FIRST:
+            case = sweep.Case("talk_and_stop", point, nth, action, seed=seed, disks=True)
+            yield f"sweep, {case}", sweep.run(case)
+    every = [case for case in sweep.cases(brief=True) if case.disks]
+    random.Random(1).shuffle(every)
+    for case in every:
+        yield f"sweep, {case}", sweep.run(case)
 
 
 def _runs() -> Iterator[tuple[str, sweep.Outcome]]:
@@ -89,8 +115,13 @@ def _runs() -> Iterator[tuple[str, sweep.Outcome]]:
         yield f"sweep, {case}", sweep.run(case)
 
 
-def judge(*, seconds: float, tests: Sequence[str] = (), simulate: bool = True) -> Verdict:
-    """Look for something wrong, for at most about so many seconds of simulation."""
+def judge(
+    *, seconds: float, tests: Sequence[str] = (), simulate: bool = True, disks: bool = False
+) -> Verdict:
+    """Look for something wrong, for at most about so many seconds of simulation.
+
+    :param disks: look first where the guest has a disk
+    """
     verdict = Verdict()
     deadline = time.monotonic() + seconds
     if tests:
@@ -98,14 +129,14 @@ def judge(*, seconds: float, tests: Sequence[str] = (), simulate: bool = True) -
         if failed:
             return _caught(verdict, failed, "")
     if simulate:
-        for name, outcome in _runs():
+        for name, outcome in chain(_disk_runs() if disks else (), _runs()):
             verdict.runs += 1
             if outcome.violation:
                 return _caught(verdict, name, outcome.violation)
             if time.monotonic() > deadline:
                 break
         try:
-            verdict.runs += schedules.run(30)
+            verdict.runs += schedules.run(30, shortest=False)
         except Violation as error:
             return _caught(verdict, "schedules", str(error))
     return verdict
@@ -134,12 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="judge")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--no-simulation", action="store_true")
+    parser.add_argument("--disks", action="store_true", help="with a disk first")
     parser.add_argument("tests", nargs="*")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     sys.unraisablehook = lambda _: None  # frozen daemons are cleared away
     verdict = judge(
-        seconds=options.seconds, tests=options.tests, simulate=not options.no_simulation
+        seconds=options.seconds,
+        tests=options.tests,
+        simulate=not options.no_simulation,
+        disks=options.disks,
     )
     print(json.dumps(asdict(verdict)))
 

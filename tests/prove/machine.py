@@ -12,6 +12,7 @@ from kemari.config import Config
 from kemari.daemon import Daemon
 from kemari.epoch import StandbyState
 from kemari.errors import KemariError
+from tests.prove.disks import HostDisk, bind
 from tests.prove.simulation import Process
 from tests.prove.standins import HostNetwork
 
@@ -44,11 +45,18 @@ class Machine:
         self.process: Process | None = None
         self.daemon: Daemon | None = None
         self.lives = 0
+        self.disk: HostDisk | None = None
+        if world.disks is not None:
+            folder = config.paths.state.parent
+            self.disk = world.disks.add(name, folder, config.paths)
         self._boot()
 
     def _boot(self) -> None:
         self.network = HostNetwork(self.name, self.world.switch)
-        self.hypervisor = MemoryHypervisor(self.network.transmit)
+        if self.disk is not None and self.world.disks is not None:
+            self.hypervisor = bind(self.world.disks, self, self.disk)
+        else:
+            self.hypervisor = MemoryHypervisor(self.network.transmit)
         self.world.networks.append(self.network)
 
     @property
@@ -89,6 +97,8 @@ class Machine:
     async def _serve(self) -> None:
         try:
             daemon = Daemon(self.config, self.hypervisor, self.network, pulses=False)
+            if self.disk is not None:
+                daemon.host.locate = self.disk.locate
             self.daemon = daemon
             await daemon.start()
         except (CheckpointError, KemariError) as error:
@@ -119,7 +129,11 @@ class Machine:
         world.power_fails(self)
         self.powered = self.network.powered = False
         world.network.power_fails(self.name)
+        if self.disk is not None and world.disks is not None:
+            self.disk.power_cut(world.simulation.random)
         self.hypervisor.power_cut()
+        if world.disks is not None:
+            world.disks.check_crash(self)
         if back_after is not None:
             world.simulation.later(back_after, self.power_on)
         process, self.daemon = self.process, None

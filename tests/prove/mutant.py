@@ -32,15 +32,18 @@ class Mutant:
     :ivar edits: how
     :ivar tests: files for pytest that judge it where the simulation cannot: it has neither Xen nor
         a kernel's network
+    :ivar disks: whether it is about the guest's disk, so that runs with one are tried first
     """
 
     name: str
     rule: str
     edits: tuple[Edit, ...]
     tests: tuple[str, ...] = ()
+    disks: bool = False
 
     @property
     def simulated(self) -> bool:
         """Whether the simulation runs the changed code."""
-        beyond = ("checkpoint/xen/", "netbuffer/", "diskbuffer/")
+        shared = ("diskbuffer/shared.py", "diskbuffer/held.py")
+        beyond = ("checkpoint/xen/", "netbuffer/", *shared)
         return not all(edit.path.startswith(beyond) for edit in self.edits)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Broken rules of shared disks: who writes to what both hosts reach, and what of it comes back.
 
-The simulated guests have no disks; a real nbdkit and the standby's end judge these.
+No simulated guest has a shared disk; a real nbdkit and the standby's end judge these.
 """
 
 from __future__ import annotations

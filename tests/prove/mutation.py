@@ -78,6 +78,8 @@ def judge(mutant: Mutant, seconds: float) -> Result:
         argv = [sys.executable, "-m", "tests.prove.judge", f"--seconds={seconds}", *mutant.tests]
         if not mutant.simulated:
             argv.append("--no-simulation")
+        if mutant.disks:
+            argv.append("--disks")
         environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(

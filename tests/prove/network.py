@@ -16,6 +16,8 @@ from tests.prove.simulation import Process, Simulation
 LATENCY: Final = (0.00005, 0.002)
 #: Share of writes that go in two pieces.
 SPLIT: Final = 0.5
+#: Bytes at the end of an epoch that hold its last frames.
+END: Final = 200
 #: Virtual seconds after which a kernel repeats what was not acknowledged.
 REPEAT: Final = 0.2
 #: Virtual seconds after which it gives up: ``user_timeout`` of ``LinkOptions``.
@@ -88,6 +90,8 @@ class End(asyncio.Transport):
         if len(data) > 1 and chance.random() < SPLIT:
             # Two segments of their own: the second may come later, or never.
             place = chance.randrange(1, len(data))
+            if self._network.late_ends and len(data) > END and chance.random() < SPLIT:
+                place = len(data) - chance.randrange(1, END)
             self.send(data[:place])
             data = data[place:]
         self.send(data)
@@ -232,6 +236,8 @@ class Network:
     :param where: address -> (machine, name of the network)
     :param powered: whether a machine has power
     :ivar unplugged: names of networks that carry nothing
+    :ivar late_ends: writes are often split within their last bytes, so that an epoch with much in
+        it is often there but for its COMMIT
     """
 
     def __init__(
@@ -243,6 +249,7 @@ class Network:
         self.simulation = simulation
         self.powered = powered
         self.unplugged: set[str] = set()
+        self.late_ends = False
         self.listening: dict[Address, tuple[Process, Callable[[], Any]]] = {}
         self.ends: list[End] = []
         self._where = where

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -40,10 +40,10 @@ class Hosts(RuleBasedStateMachine):
         super().__init__()
         self.world: World | None = None
 
-    @initialize(seed=st.integers(0, 1 << 30), protect=st.booleans())
-    def begin(self, seed: int, protect: bool) -> None:
+    @initialize(seed=st.integers(0, 1 << 30), protect=st.booleans(), disks=st.booleans())
+    def begin(self, seed: int, protect: bool, disks: bool) -> None:
         """The daemons run; mostly the guest is protected."""
-        self.world = World(seed, policy="hold")
+        self.world = World(seed, policy="hold", disks=disks)
         self.world.__enter__()
         if protect:
             self.world.protect()
@@ -165,11 +165,12 @@ class Hosts(RuleBasedStateMachine):
             self.world.__exit__()
 
 
-def run(examples: int, *, steps: int = 15, derandomize: bool = True) -> int:
+def run(examples: int, *, steps: int = 15, derandomize: bool = True, shortest: bool = True) -> int:
     """Run so many schedules; how many were run.
 
     :param derandomize: the same ones each time
-    :raise Violation: with the shortest schedule that Hypothesis finds
+    :param shortest: look for the shortest schedule once one has failed, which may take minutes
+    :raise Violation: with the schedule that Hypothesis found
     """
     before = Hosts.schedules
     run_state_machine_as_test(
@@ -179,6 +180,7 @@ def run(examples: int, *, steps: int = 15, derandomize: bool = True) -> int:
             stateful_step_count=steps,
             deadline=None,
             derandomize=derandomize,
+            phases=[Phase.generate, Phase.shrink] if shortest else [Phase.generate],
             database=None,
             suppress_health_check=list(HealthCheck),
         ),

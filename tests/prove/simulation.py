@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import os
 import random
 import select
 import threading
@@ -25,6 +26,8 @@ from asyncio import events
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, Final, TypeVar
+
+from tests.prove.localsocket import LineTransport, LocalSockets
 
 T = TypeVar("T")
 
@@ -161,6 +164,30 @@ class Process(asyncio.BaseEventLoop):
     ) -> Any:
         return self.simulation.network.listen(self, factory, host, port)
 
+    async def create_unix_connection(  # type: ignore[override]
+        self, factory: Any, path: Any = None, **_: Any
+    ) -> Any:
+        line = self.simulation.local.connect(self, os.fspath(path))
+        protocol, transport = factory(), LineTransport(line)
+        line.divert(protocol)
+        protocol.connection_made(transport)
+        return transport, protocol
+
+    async def sock_connect(self, sock: Any, address: Any) -> None:
+        sock.line = self.simulation.local.connect(self, address)
+
+    async def sock_sendall(self, sock: Any, data: Any) -> None:
+        sock.line.send(bytes(data))
+
+    async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
+        data: bytes = await sock.line.take(nbytes)
+        return data
+
+    async def sock_recv_into(self, sock: Any, buf: Any) -> int:
+        data = await sock.line.take(len(buf))
+        buf[: len(data)] = data
+        return len(data)
+
 
 class _Event:
     """Something that is due.  Without a process it is the world's own."""
@@ -203,6 +230,7 @@ class Simulation:
         self.faults: list[str] = []
         self.callbacks = 0
         self.network: Any = None
+        self.local = LocalSockets()
         self._world = Process(self, "world")
         self._queue: list[_Event] = []
         self._numbers = itertools.count()

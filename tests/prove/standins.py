@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import types
 from collections.abc import Callable, Sequence
@@ -81,6 +82,13 @@ class HostNetwork(MemoryNetwork):
     def leave(self, frame: bytes) -> None:
         if self.powered:
             self._out.take(self.host, frame)
+
+    def close(self) -> None:
+        """Close what killed daemons had open."""
+        for output in self.outputs:
+            if output._event >= 0:
+                os.close(output._event)
+                output._event = -1
 
     def output(self, nics: Sequence[Nic], limit: int) -> MemoryOutput:
         made = super().output(nics, limit)

@@ -12,11 +12,9 @@ from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.simulation import Stuck
 from tests.prove.world import HEARTBEAT, Fault, Violation, World
 
-#: Points that are not swept: the simulated guest has no disk, so its epochs carry no disk writes.
+#: Points that are not swept: no simulated guest has a disk that both hosts share.
 #: The session's own tests send and take these frames.
-UNSWEPT: Final = frozenset(
-    f"{way}-{frame}" for way in ("put", "got") for frame in ("writes", "applied", "issued")
-)
+UNSWEPT: Final = frozenset({"put-issued", "got-issued"})
 
 # ---- Scenarios: what the administrator, the client and fate do --------------------------------
 
@@ -141,6 +139,36 @@ def refused(world: World) -> None:
     world.answers(3)
 
 
+def there_and_back(world: World) -> None:
+    """Each host loses power once, the second one when it is alone no more and all is copied."""
+    world.protect()
+    world.answers(4)
+    world.busy(5)
+    world.a.power_cut(back_after=2.0)
+    world.answers(4)
+    world.wait(2.5)
+    world.protect("b")
+    world.answers(4)
+    world.wait(3.0)
+    world.answers(2)
+    world.busy(5)
+    world.b.power_cut(back_after=2.0)
+    world.answers(4)
+
+
+def protected_again(world: World) -> None:
+    """What both hosts have is marked no more; a protection ends, and only the rest is copied."""
+    world.protect()
+    world.answers(60)
+    world.wait(2.0)
+    _ask(world, world.a, "stop")
+    world.answers(3)
+    world.protect()
+    world.answers(3)
+    world.a.power_cut()
+    world.answers(3)
+
+
 #: Scenario -> the host that runs the guest in the end, if nothing more goes wrong.
 ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     talk_and_stop: "a",
@@ -154,7 +182,18 @@ ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     declined: "a",
     refused: "a",
 }
+#: As above, of those that are about the guest's disk; the others are also run with one.
+DISKS_END_ON: Final[dict[Callable[[World], None], str]] = {
+    there_and_back: "a",
+    protected_again: "b",
+}
 SCENARIOS: Final = {each.__name__: each for each in ENDS_ON}
+DISK_SCENARIOS: Final = {each.__name__: each for each in (*DISKS_END_ON, *ENDS_ON)}
+#: (scenario, whether the guest has a disk) of all runs.
+WORLDS: Final = (
+    *((scenario, False) for scenario in SCENARIOS),
+    *((scenario, True) for scenario in DISK_SCENARIOS),
+)
 
 # ---- Faults -----------------------------------------------------------------------------------
 
@@ -207,6 +246,10 @@ ACTIONS: Final[dict[str, Callable[[Machine], None]]] = {
 }
 
 
+#: What happens in short form at points that only a guest with a disk reaches.
+_DISK_ACTIONS: Final = ("kill", "power", "stall", "cut", "peer-kill", "peer-power")
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One run: what happens, and what goes wrong where."""
@@ -217,10 +260,12 @@ class Case:
     action: str
     policy: str = "hold"
     seed: int = 0
+    disks: bool = False
 
     def __str__(self) -> str:
         return (
             f"{self.scenario}/{self.point}:{self.action}:{self.nth}/{self.policy}/seed {self.seed}"
+            + "/disk" * self.disks
         )
 
 
@@ -240,10 +285,10 @@ class Outcome:
 def run(case: Case) -> Outcome:
     """Run one case."""
     outcome = Outcome()
-    with World(case.seed, policy=case.policy) as world:
+    with World(case.seed, policy=case.policy, disks=case.disks) as world:
         world.faults.append(Fault(case.point, case.nth, ACTIONS[case.action]))
         try:
-            SCENARIOS[case.scenario](world)
+            DISK_SCENARIOS[case.scenario](world)
             world.settle()
         except (AssertionError, Stuck, Violation) as error:
             outcome.violation = str(error) or repr(error)
@@ -252,14 +297,15 @@ def run(case: Case) -> Outcome:
     return outcome
 
 
-def baseline(scenario: str, policy: str = "hold", seed: int = 0) -> Outcome:
+def baseline(scenario: str, policy: str = "hold", seed: int = 0, *, disks: bool = False) -> Outcome:
     """Run a scenario in which nothing more goes wrong; then it must take its expected course."""
     outcome = Outcome()
-    with World(seed, policy=policy) as world:
+    with World(seed, policy=policy, disks=disks) as world:
         try:
-            SCENARIOS[scenario](world)
+            course = DISK_SCENARIOS[scenario]
+            course(world)
             world.settle()
-            _check_course(world, ENDS_ON[SCENARIOS[scenario]])
+            _check_course(world, (ENDS_ON | DISKS_END_ON)[course])
         except (AssertionError, Stuck, Violation) as error:
             outcome.violation = str(error) or repr(error)
         outcome.reached = dict(world.reached)
@@ -287,18 +333,18 @@ def cases(
     :param brief: each point and action once, in the scenario that reaches the point first
     """
     done: set[str] = set()
-    for scenario in SCENARIOS:
-        counts = baseline(scenario).reached
+    for scenario, disks in WORLDS:
+        counts = baseline(scenario, disks=disks).reached
         for point, count in counts.items():
             if brief and point in done:
                 continue
             done.add(point)
             times = {(1 + count) // 2} if brief else {1, 2, (1 + count) // 2, count - 1, count}
             for nth in sorted(times & set(range(1, count + 1))):
-                for action in ACTIONS:
+                for action in _DISK_ACTIONS if brief and disks else ACTIONS:
                     for policy in policies[:1] if brief else policies:
                         if policy == "hold" or _decidable(scenario, action):
-                            yield Case(scenario, point, nth, action, policy)
+                            yield Case(scenario, point, nth, action, policy, disks=disks)
 
 
 def _decidable(scenario: str, action: str) -> bool:

@@ -8,7 +8,6 @@ are simulated.  :class:`World` looks at every frame that leaves a host, as the c
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from checkpoint.memory import MemoryGuest, digest_of, parse_answer
 from kemari.config import Address, Config, Paths
 from kemari.epoch import PrimaryState
 from kemari.stragglers import OWED
+from tests.prove.disks import DISK, Disks
 from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.network import Network
 from tests.prove.simulation import Process, Simulation
@@ -34,6 +34,8 @@ from tests.prove.standins import Clock, Control, HostNetwork, SeenSwitch, Thread
 HEARTBEAT: Final = 0.4
 #: Virtual seconds between an answer and the client's next request, and until it repeats one.
 PACE: Final = 0.02
+#: Virtual seconds after a request, at most, at which the guest writes to its disk on its own.
+CHORE: Final = 0.03
 REPEAT: Final = 0.3
 #: Virtual seconds within which all must be well again once every fault is over: the daemons'
 #: longest patience is 30 s, and a lost protection is tried again every 60 s.
@@ -81,6 +83,7 @@ class World:
 
     :param seed: decides latencies
     :param policy: ``on_standby_loss``
+    :param disks: whether the guest has one
     :ivar answered: requests whose answers the client has
     :ivar moves: how often another copy than before was seen
     :ivar reached: point -> how often it was reached
@@ -89,13 +92,16 @@ class World:
         could take over lived: what docs/failure-model.md says two hosts cannot decide
     """
 
-    def __init__(self, seed: int, *, policy: str = "hold", **changes: Any) -> None:
+    def __init__(
+        self, seed: int, *, policy: str = "hold", disks: bool = False, **changes: Any
+    ) -> None:
         self.simulation = Simulation(seed)
         shared = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
         self.switch = SeenSwitch(self._leaves)
         self.networks: list[HostNetwork] = []
         self.processes: list[Process] = []
+        self.disks = Disks(self) if disks else None
         self.story: list[str] = []
         self.reached: dict[str, int] = {}
         self.faults: list[Fault] = []
@@ -107,6 +113,7 @@ class World:
         self.talking = False
         self.violation = ""
         self.moves = 0
+        self._runs = False
         self._copies: list[_Copy] = []
         self._last = b""
         self._owner: _Copy | None = None
@@ -121,6 +128,7 @@ class World:
             {host: key for key, host in address.items()},
             lambda name: self.machines[name].powered,
         )
+        self.network.late_ends = disks
         self._patches = contextlib.ExitStack()
         self._patch()
         self.machines: dict[str, Machine] = {}
@@ -142,9 +150,20 @@ class World:
             )
             self.machines[name] = Machine(self, name, config)
         self.a, self.b = self.machines["a"], self.machines["b"]
-        guest = self.a.hypervisor.boot(GUEST)
+        guest = self._boot()
         self._copies.append(_Copy("a", guest, seen=True))
         self._owner = self._copies[0]
+
+    def _boot(self) -> MemoryGuest:
+        disk = self.a.disk
+        if self.disks is None or disk is None:
+            return self.a.hypervisor.boot(GUEST)
+        for module, name, value in self.disks.patches():
+            self._replace(module, name, value)
+        disk.serve()
+        guest = self.a.hypervisor.boot(GUEST, disks=[DISK])
+        self.disks.boot(guest, disk)
+        return guest
 
     def _patch(self) -> None:
         clock = Clock(self.simulation)
@@ -174,11 +193,10 @@ class World:
         self._patches.close()
         for process in self.processes:
             self.simulation.bury(process)
+        if self.disks is not None:
+            self.disks.end()
         for network in self.networks:
-            for output in network.outputs:
-                if output._event >= 0:
-                    os.close(output._event)
-                    output._event = -1
+            network.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def log(self, text: str) -> None:
@@ -194,6 +212,8 @@ class World:
         if point not in faultpoints.POINTS:
             self.simulation.faults.append(f"{point} is not a listed fault point")
         self.reached[point] = self.reached.get(point, 0) + 1
+        if point == "revive-unpause" and self.disks is not None:
+            self.disks.check_revival(self.machines[process.name])
         for fault in list(self.faults):
             if fault.point == point and fault.left > 0:
                 fault.left -= 1
@@ -232,6 +252,16 @@ class World:
         for copy in self._living():
             if copy.guest.answered <= number + 1:
                 copy.guest.request(number)
+        if self.disks is not None:
+            self.simulation.later(self.simulation.random.uniform(0, CHORE), self.busy)
+
+    def busy(self, writes: int = 1) -> None:
+        """The guest writes to its disk, so many times, without being asked for anything."""
+        if self.disks is None:
+            return
+        for copy in self._living():
+            for _ in range(writes):
+                self.disks.chore(self.machines[copy.host], copy.guest)
 
     def _living(self) -> list[_Copy]:
         """Copies of the guest that run now, in the order in which they came to life."""
@@ -299,7 +329,7 @@ class World:
         """Something must not have happened."""
         if not self.forked:
             self.violation = self.violation or "\n".join([why, *self.story[-60:], *self.logs()])
-            raise _Seen(why)
+            raise _Seen(why) if self._runs else Violation(self.violation)
 
     # ---- Section: what may be lost ----
 
@@ -374,10 +404,13 @@ class World:
             self.look()
             return bool(self.violation) or until()
 
+        self._runs = True
         try:
             self.simulation.run(looked, limit)
         except _Seen:
             pass  # it is in the story
+        finally:
+            self._runs = False
         if self.violation:
             raise Violation(self.violation)
         return until()
