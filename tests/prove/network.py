@@ -16,8 +16,9 @@ from tests.prove.simulation import Process, Simulation
 LATENCY: Final = (0.00005, 0.002)
 #: Share of writes that go in two pieces.
 SPLIT: Final = 0.5
-#: Bytes at the end of an epoch that hold its last frames.
+#: Bytes at the end of an epoch that hold its last frames, and how often these come later.
 END: Final = 200
+LATE: Final = 0.8
 #: Virtual seconds after which a kernel repeats what was not acknowledged.
 REPEAT: Final = 0.2
 #: Virtual seconds after which it gives up: ``user_timeout`` of ``LinkOptions``.
@@ -87,10 +88,11 @@ class End(asyncio.Transport):
             return
         data = bytes(data)
         chance = self._network.simulation.random
-        if len(data) > 1 and chance.random() < SPLIT:
+        late = self._network.late_ends and len(data) > END and chance.random() < LATE
+        if late or (len(data) > 1 and chance.random() < SPLIT):
             # Two segments of their own: the second may come later, or never.
             place = chance.randrange(1, len(data))
-            if self._network.late_ends and len(data) > END and chance.random() < SPLIT:
+            if late:
                 place = len(data) - chance.randrange(1, END)
             self.send(data[:place])
             data = data[place:]
