@@ -28,7 +28,7 @@ from bench.micro import HERE, compile_loops  # noqa: E402
 
 #: Trace -> loops that are counted on it.
 COUNTED: Final = {
-    "synthetic-qemu-examples": ("compare", "delta", "verify", "apply", "scan"),
+    "synthetic-qemu-examples": ("compare", "delta", "verify", "apply", "scan", "stage"),
     "synthetic-few-words": ("delta", "apply"),
     "synthetic-zeroed": ("zero", "delta"),
 }

@@ -43,7 +43,7 @@ def record(source: Source, epochs: int, interval: float) -> Trace:
     while len(trace.epochs) <= epochs:
         time.sleep(interval)
         try:
-            source.capture(staging, lambda: None)
+            source.capture(staging, lambda: None, lambda: None)
         except NotQuiescent:
             continue
         epoch: list[Change] = []

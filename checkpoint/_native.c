@@ -83,6 +83,78 @@ static PyObject *gather(PyObject *self, PyObject *args)
     return result;
 }
 
+/* first_set(bitmap, gfns) -> frame number or -1 */
+static PyObject *first_set(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer bitmap, gfns;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*y*:first_set", &bitmap, &gfns))
+        return NULL;
+    if (is_words(&gfns, "gfns")) {
+        uint64_t count = (uint64_t)gfns.len / 8;
+        uint64_t at = bitmap_first(bitmap.buf, (uint64_t)bitmap.len * 8, gfns.buf, count);
+        result = at == count ? PyLong_FromLong(-1)
+                             : PyLong_FromUnsignedLongLong(((uint64_t *)gfns.buf)[at]);
+    }
+    PyBuffer_Release(&bitmap);
+    PyBuffer_Release(&gfns);
+    return result;
+}
+
+/* stage(memory, bitmap, nbits, also, many, left_out, gfns, count, data) -> count */
+static PyObject *stage(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer memory, bitmap, also, left_out, gfns, data;
+    Py_ssize_t nbits, many, count;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*w*ny*ny*w*nw*:stage", &memory, &bitmap, &nbits, &also, &many,
+                          &left_out, &gfns, &count, &data))
+        return NULL;
+    Py_ssize_t room = gfns.len / 8, pages = data.len / (Py_ssize_t)PAGE_BYTES;
+    if (pages < room)
+        room = pages;
+    if (!is_words(&also, "also") || !is_words(&left_out, "left_out") || !is_words(&gfns, "gfns")) {
+        /* the error is set */
+    } else if (nbits < 0 || nbits > bitmap.len * 8 || nbits > memory.len / (Py_ssize_t)PAGE_BYTES ||
+               many < 0 || many > also.len / 8 || count < 0 || count > room) {
+        PyErr_Format(PyExc_ValueError, "%zd bits of %zd bytes for %zd pages, %zd of %zd frames, "
+                     "%zd of %zd places", nbits, bitmap.len, memory.len / (Py_ssize_t)PAGE_BYTES,
+                     many, also.len / 8, count, room);
+    } else {
+        uint64_t first = (uint64_t)count, bits = (uint64_t)nbits, free = (uint64_t)(room - count);
+        uint64_t except = (uint64_t)left_out.len / 8, found = 0;
+        uint64_t *places = (uint64_t *)gfns.buf + first;
+        int ascending;
+        Py_BEGIN_ALLOW_THREADS
+        ascending = is_ascending(left_out.buf, except);
+        if (ascending) {
+            bitmap_mark(bitmap.buf, bits, also.buf, (uint64_t)many, left_out.buf, except);
+            found = bitmap_without(bitmap.buf, bits, left_out.buf, except, places, free);
+            if (found <= free)
+                pages_gather(memory.buf, places, found, (uint8_t *)data.buf + first * PAGE_BYTES);
+        }
+        Py_END_ALLOW_THREADS
+        if (!ascending)
+            PyErr_SetString(PyExc_ValueError, "the frames to leave out do not ascend");
+        else if (found > free)
+            PyErr_Format(PyExc_OverflowError, "%llu pages to copy (staging holds %zd)",
+                         (unsigned long long)(first + found), room);
+        else
+            result = PyLong_FromUnsignedLongLong(first + found);
+    }
+    PyBuffer_Release(&memory);
+    PyBuffer_Release(&bitmap);
+    PyBuffer_Release(&also);
+    PyBuffer_Release(&left_out);
+    PyBuffer_Release(&gfns);
+    PyBuffer_Release(&data);
+    return result;
+}
+
 /* active_writable(entries, out) -> count */
 static PyObject *active_writable(PyObject *self, PyObject *args)
 {
@@ -121,6 +193,34 @@ static PyObject *ring_whole(PyObject *self, PyObject *args)
     else
         result = PyBool_FromLong(receive_ring_whole(page.buf, (uint64_t)grants));
     PyBuffer_Release(&page);
+    return result;
+}
+
+/* first_unmet(memory, conditions) -> index or -1 */
+static PyObject *first_unmet(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer memory, conditions;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*y*:first_unmet", &memory, &conditions))
+        return NULL;
+    if (!is_words(&conditions, "conditions")) {
+        /* the error is set */
+    } else if (conditions.len % (8 * (Py_ssize_t)CONDITION_WORDS)) {
+        PyErr_Format(PyExc_ValueError, "%zd bytes are no whole number of conditions",
+                     conditions.len);
+    } else {
+        uint64_t count = (uint64_t)conditions.len / (8 * CONDITION_WORDS);
+        if (conditions_within(conditions.buf, count, (uint64_t)memory.len)) {
+            uint64_t unmet = conditions_check(memory.buf, conditions.buf, count);
+            result = PyLong_FromLongLong(unmet == count ? -1 : (long long)unmet);
+        } else {
+            PyErr_SetString(PyExc_IndexError, "a condition lies outside of the guest's memory");
+        }
+    }
+    PyBuffer_Release(&memory);
+    PyBuffer_Release(&conditions);
     return result;
 }
 
@@ -312,6 +412,9 @@ static PyMethodDef methods[] = {
     {"gather", gather, METH_VARARGS, NULL},
     {"active_writable", active_writable, METH_VARARGS, NULL},
     {"receive_ring_whole", ring_whole, METH_VARARGS, NULL},
+    {"first_set", first_set, METH_VARARGS, NULL},
+    {"stage", stage, METH_VARARGS, NULL},
+    {"first_unmet", first_unmet, METH_VARARGS, NULL},
     {"xor", xor_bytes, METH_VARARGS, NULL},
     {"subtract", subtract, METH_VARARGS, NULL},
     {"encode_pages", encode_pages, METH_VARARGS, NULL},

@@ -65,6 +65,17 @@ static uint64_t bitmap_scan(const uint8_t *bitmap, uint64_t nbits, uint64_t *out
     return used;
 }
 
+/* Index of the first frame number whose bit is set; count when none is.  Bits from nbits on are not
+ * looked at. */
+static uint64_t bitmap_first(const uint8_t *bitmap, uint64_t nbits, const uint64_t *gfns,
+                             uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++)
+        if (gfns[i] < nbits && (bitmap[gfns[i] / 8] >> (gfns[i] % 8)) & 1u)
+            return i;
+    return count;
+}
+
 /* Index of the first frame number that is not below pages; count when all are. */
 static uint64_t gfns_check(const uint64_t *gfns, uint64_t count, uint64_t pages)
 {
@@ -132,6 +143,29 @@ static int receive_ring_whole(const uint8_t *page, uint64_t grants)
     return 1;
 }
 
+/* ---- Conditions on guest memory ---- */
+
+#define CONDITION_WORDS 3u /* offset, mask, value */
+
+/* Index of the first condition that does not hold; count when all do.  The caller has checked that
+ * every offset has a word behind it. */
+static uint64_t conditions_check(const uint8_t *memory, const uint64_t *words, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++, words += CONDITION_WORDS)
+        if ((*(const volatile unaligned64 *)(memory + words[0]) & words[1]) != words[2])
+            return i;
+    return count;
+}
+
+/* Whether a word lies behind every offset. */
+static int conditions_within(const uint64_t *words, uint64_t count, uint64_t length)
+{
+    for (uint64_t i = 0; i < count; i++)
+        if (length < 8 || words[i * CONDITION_WORDS] > length - 8)
+            return 0;
+    return 1;
+}
+
 /* ---- Machine states ---- */
 
 static void bytes_xor(const uint8_t *one, const uint8_t *other, size_t length, uint8_t *out)
@@ -151,6 +185,20 @@ static int is_ascending(const uint64_t *values, uint64_t count)
     return 1;
 }
 
+/* Place of gfn in values, which ascend, or where it would be. */
+static uint64_t gfns_place(const uint64_t *values, uint64_t count, uint64_t gfn)
+{
+    uint64_t low = 0, high = count;
+    while (low < high) {
+        uint64_t middle = low + (high - low) / 2;
+        if (values[middle] < gfn)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 /* Remove from gfns what exclude, which ascends, holds; keep the order.  Returns the new count.
  * Walks both in step while gfns ascend, and searches when they do not. */
 static uint64_t gfns_subtract(uint64_t *gfns, uint64_t count, const uint64_t *exclude, uint64_t many)
@@ -159,15 +207,7 @@ static uint64_t gfns_subtract(uint64_t *gfns, uint64_t count, const uint64_t *ex
     for (uint64_t i = 0; i < count; i++) {
         uint64_t gfn = gfns[i];
         if (gfn < last) {
-            uint64_t high = at;
-            at = 0;
-            while (at < high) {
-                uint64_t middle = at + (high - at) / 2;
-                if (exclude[middle] < gfn)
-                    at = middle + 1;
-                else
-                    high = middle;
-            }
+            at = gfns_place(exclude, at, gfn);
         } else {
             while (at < many && exclude[at] < gfn)
                 at++;
@@ -177,6 +217,41 @@ static uint64_t gfns_subtract(uint64_t *gfns, uint64_t count, const uint64_t *ex
             gfns[kept++] = gfn;
     }
     return kept;
+}
+
+/* Set the bits of those frames below nbits that exclude, which ascends, does not hold. */
+static void bitmap_mark(uint8_t *bitmap, uint64_t nbits, const uint64_t *gfns, uint64_t count,
+                        const uint64_t *exclude, uint64_t many)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t gfn = gfns[i], at = gfns_place(exclude, many, gfn);
+        if (gfn < nbits && (at == many || exclude[at] != gfn))
+            bitmap[gfn / 8] |= (uint8_t)(1u << (gfn % 8));
+    }
+}
+
+/* Numbers of the set bits that exclude, which ascends, does not hold, ascending, at most room of
+ * them.  Returns how many there are, which may be more than room. */
+static uint64_t bitmap_without(const uint8_t *bitmap, uint64_t nbits, const uint64_t *exclude,
+                               uint64_t many, uint64_t *out, uint64_t room)
+{
+    uint64_t found = 0, at = 0;
+    for (uint64_t first = 0; first < nbits; first += 64) {
+        uint64_t word = 0, left = nbits - first;
+        memcpy(&word, bitmap + first / 8, left < 64 ? (left + 7) / 8 : 8);
+        if (left < 64)
+            word &= ((uint64_t)1 << left) - 1;
+        if (!word)
+            continue;
+        while (at < many && exclude[at] < first)
+            at++;
+        for (; at < many && exclude[at] - first < 64; at++)
+            word &= ~((uint64_t)1 << (exclude[at] - first));
+        for (; word; word &= word - 1, found++)
+            if (found < room)
+                out[found] = first + (uint64_t)__builtin_ctzll(word);
+    }
+    return found;
 }
 
 /* ---- The batch body ---- */

@@ -81,6 +81,47 @@ def gather(memory: Any, gfns: Any, count: int, out: Any) -> None:
         target[place * PAGE_SIZE : (place + 1) * PAGE_SIZE] = source[at : at + PAGE_SIZE]
 
 
+def first_set(bitmap: Any, gfns: Any) -> int:
+    bits, frames = _bytes(bitmap), _words(gfns, "gfns")
+    for gfn in frames:
+        if gfn < len(bits) * 8 and bits[gfn // 8] >> gfn % 8 & 1:
+            return gfn
+    return -1
+
+
+def stage(
+    memory: Any, bitmap: Any, nbits: int, also: Any, many: int, left_out: Any,
+    gfns: Any, count: int, data: Any,
+) -> int:  # fmt: skip
+    bits, more, fewer = _bytes(bitmap), _words(also, "also"), _words(left_out, "left_out")
+    frames, target, pages = _words(gfns, "gfns"), _bytes(data), len(_bytes(memory)) // PAGE_SIZE
+    room = min(len(frames), len(target) // PAGE_SIZE)
+    if (
+        not 0 <= nbits <= min(len(bits) * 8, pages)
+        or not 0 <= many <= len(more)
+        or not 0 <= count <= room
+    ):
+        raise ValueError(
+            f"{nbits} bits of {len(bits)} bytes for {pages} pages, {many} of {len(more)} frames, "
+            f"{count} of {room} places"
+        )
+    if any(low >= high for low, high in pairwise(fewer)):
+        raise ValueError("the frames to leave out do not ascend")
+    without = set(fewer)
+    for gfn in more[:many]:
+        if gfn < nbits and gfn not in without:
+            bits[gfn // 8] |= 1 << gfn % 8
+    marked = [gfn for gfn in range(nbits) if bits[gfn // 8] >> gfn % 8 & 1]
+    found = array("Q", (gfn for gfn in marked if gfn not in without))
+    total = count + len(found)
+    fits = min(len(found), room - count)
+    frames[count : count + fits] = memoryview(found)[:fits]
+    if total > room:
+        raise OverflowError(f"{total} pages to copy (staging holds {room})")
+    gather(memory, frames[count:total], total - count, target[count * PAGE_SIZE :])
+    return total
+
+
 def active_writable(entries: Any, out: Any) -> int:
     source, target = _bytes(entries), _words(out, "out")
     found = []
@@ -104,6 +145,19 @@ def receive_ring_whole(page: Any, grants: int) -> bool:
     slots = view[_RX_SLOTS_AT : _RX_SLOTS_AT + 8 * _RX_SLOTS].cast("Q")
     references = (slots[(words[2] + i) % _RX_SLOTS] >> 32 for i in range(waiting))
     return all(_RESERVED_GRANTS <= reference < grants for reference in references)
+
+
+def first_unmet(memory: Any, conditions: Any) -> int:
+    view, triples = _bytes(memory), _words(conditions, "conditions")
+    if len(triples) % 3:
+        raise ValueError(f"{len(triples) * 8} bytes are no whole number of conditions")
+    if any(at + 8 > len(view) for at in triples[::3]):
+        raise IndexError("a condition lies outside of the guest's memory")
+    for index in range(0, len(triples), 3):
+        at, mask, value = triples[index : index + 3]
+        if int.from_bytes(view[at : at + 8], "little") & mask != value:
+            return index // 3
+    return -1
 
 
 def xor(one: Any, other: Any, out: Any) -> None:

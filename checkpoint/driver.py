@@ -15,9 +15,10 @@ import mmap
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 PAGE_SIZE = 4096
+_FIRST_PAGES: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,12 @@ class Staging:
         self.capacity = capacity
         self.count = 0
         self.gfns = array("Q", bytes(8 * capacity))
-        # Anonymous memory comes page by page when first written: nothing is cleared here.
-        self.data = memoryview(mmap.mmap(-1, capacity * PAGE_SIZE))
+        # Anonymous memory comes page by page when first written, which takes longer than copying a
+        # page, and a guest may be paused then.  So as many as most epochs have come here.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.data = memoryview(mmap.mmap(-1, capacity * PAGE_SIZE, flags=flags))
+        first = min(capacity, _FIRST_PAGES)
+        self.data[: first * PAGE_SIZE : PAGE_SIZE] = bytes(first)
         self.state = b""
 
     def clear(self) -> None:
@@ -114,14 +119,17 @@ class Captured:
     :ivar pages: pages copied
     :ivar pause_ns: time from the pause call until the unpause call is made, nanoseconds; the return
         of that call would tell when Dom0 got its processor back, not when the guest did
-    :ivar settle_ns: the part of it until the output epoch could be closed
-    :ivar close_ns: the part of it that closing took
+    :ivar settle_ns: the part of it until backends had answered
+    :ivar close_ns: time that closing the output epoch took; a part of the pause only where the
+        guest stays paused or was paused before
+    :ivar copy_ns: the part of the pause in which pages were copied
     """
 
     pages: int
     pause_ns: int
     settle_ns: int
     close_ns: int
+    copy_ns: int
 
 
 class Source(Protocol):
@@ -161,12 +169,20 @@ class Source(Protocol):
         """
 
     def capture(
-        self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
+        self,
+        staging: Staging,
+        close_output: Callable[[], None],
+        close_writes: Callable[[], None],
+        *,
+        leave_paused: bool = False,
     ) -> Captured:
         """Take one checkpoint into ``staging`` (pages and state) by pausing the guest.
 
-        ``close_output`` is called once, while the guest is paused, everything that it has sent has
-        reached the output buffer, and every request to its disks was answered.  On return the guest
+        ``close_writes`` is called while the guest is paused and every request to its disks was
+        answered, ``close_output`` right before it is paused, so that nothing is in the epoch that a
+        later state has sent.  Where the guest was paused before, or is to stay paused, that one is
+        called when everything that the guest has sent has reached the output buffer, so that
+        nothing is left for an epoch that may never come.  Each at most once.  On return the guest
         runs again, or stays paused with ``leave_paused``.  On any error the guest runs again and
         the dirty log has lost nothing.
 

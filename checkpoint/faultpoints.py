@@ -37,7 +37,7 @@ POINTS: Final[Mapping[str, str]] = {
     "pause": "before the guest is paused for a checkpoint",
     "paused": "the guest is paused for a checkpoint",
     "output-close": "before the output epoch is closed",
-    "output-closed": "the output epoch is closed, the guest is still paused",
+    "output-closed": "the output epoch is closed",
     "rings-copied": "what others may write in the guest is copied, the dirty log not yet read",
     "log-read": "the dirty log is read and clean, its pages are not yet copied",
     "pages-copied": "all pages are copied, the guest is still paused",

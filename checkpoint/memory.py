@@ -219,7 +219,12 @@ class MemorySource:
         return True
 
     def capture(
-        self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
+        self,
+        staging: Staging,
+        close_output: Callable[[], None],
+        close_writes: Callable[[], None],
+        *,
+        leave_paused: bool = False,
     ) -> Captured:
         """Take one checkpoint."""
         guest = self._guest
@@ -228,6 +233,10 @@ class MemorySource:
         if self._hypervisor.restless > 0:
             self._hypervisor.restless -= 1
             raise NotQuiescent("the guest is busy; expected a pause point")
+        waits = leave_paused or guest.paused
+        if not waits:
+            close_output()
+        closed = time.monotonic_ns()
         with guest.lock:
             if not guest.alive:
                 raise CheckpointError(f"Domain {self.description.name} is gone")
@@ -238,9 +247,10 @@ class MemorySource:
                 shared = guest.shared
                 if len(guest.dirty.union(shared)) > staging.capacity:
                     raise OverflowError(f"{len(guest.dirty)} pages are dirty")
+                close_writes()
                 settled = time.monotonic_ns()
-                close_output()
-                closed = time.monotonic_ns()
+                if waits:
+                    close_output()
                 if self._hypervisor.restless_late > 0:
                     self._hypervisor.restless_late -= 1
                     raise NotQuiescent("the guest is busy after all; expected a pause point")
@@ -261,8 +271,9 @@ class MemorySource:
             if not leave_paused:
                 self.unpause()
                 reach("unpaused")
+        ended = time.monotonic_ns()
         return Captured(
-            staging.count, time.monotonic_ns() - started, settled - started, closed - settled
+            staging.count, ended - closed, settled - closed, closed - started, ended - settled
         )
 
     def pause(self) -> None:

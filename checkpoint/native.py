@@ -12,7 +12,6 @@ Every function checks its arguments before it changes anything.
 from __future__ import annotations
 
 import os
-from array import array
 from typing import Any, Protocol
 
 from checkpoint import _twin
@@ -23,8 +22,14 @@ class Loops(Protocol):
 
     def scan_bitmap(self, bitmap: Any, nbits: int, out: Any, /) -> int: ...
     def gather(self, memory: Any, gfns: Any, count: int, out: Any, /) -> None: ...
+    def first_set(self, bitmap: Any, gfns: Any, /) -> int: ...
+    def stage(
+        self, memory: Any, bitmap: Any, nbits: int, also: Any, many: int, left_out: Any,
+        gfns: Any, count: int, data: Any, /,
+    ) -> int: ...  # fmt: skip
     def active_writable(self, entries: Any, out: Any, /) -> int: ...
     def receive_ring_whole(self, page: Any, grants: int, /) -> bool: ...
+    def first_unmet(self, memory: Any, conditions: Any, /) -> int: ...
     def xor(self, one: Any, other: Any, out: Any, /) -> None: ...
     def subtract(self, gfns: Any, count: int, exclude: Any, /) -> int: ...
     def encode_pages(
@@ -83,16 +88,44 @@ def gather(memory: Any, gfns: Any, count: int, out: Any) -> None:
     _loops.gather(memory, gfns, count, out)
 
 
-def active_writable(grant_frames: Any) -> array[int]:
-    """Guest frames that somebody holds mapped for writing, ascending, each once.
+def first_set(bitmap: Any, gfns: Any) -> int:
+    """The first of some frame numbers whose bit is set, -1 if none is; numbers beyond the bitmap
+    are passed over.
+    """
+    return _loops.first_set(bitmap, gfns)
+
+
+def stage(
+    memory: Any, bitmap: Any, nbits: int, also: Any, many: int, left_out: Any,
+    gfns: Any, count: int, data: Any,
+) -> int:  # fmt: skip
+    """Put the pages that a bitmap names, and some more, behind those that are staged already.
+
+    :param memory: of the guest
+    :param bitmap: of its first ``nbits`` frames; it gets the bits of the first ``many`` frames of
+        ``also``, those from ``nbits`` on and those of ``left_out`` passed over, and loses none
+    :param left_out: frames that are not staged, strictly ascending; the others of the bitmap are,
+        each once, ascending
+    :param gfns: ``array('Q')``: frame numbers; ``data``: the pages; ``count``: how many there are
+    :return: how many there are then
+    :raise OverflowError: there is not so much room; what was staged before still is, and the
+        bitmap has what it would have had
+    :raise ValueError: a buffer is too small, or ``left_out`` does not ascend; nothing was changed
+    """
+    return _loops.stage(memory, bitmap, nbits, also, many, left_out, gfns, count, data)
+
+
+def active_writable(grant_frames: Any, out: Any) -> int:
+    """Write guest frames that somebody holds mapped for writing to ``out``, as often and in the
+    order in which they are granted; how many that is.
 
     :param grant_frames: entries of version 1: {u16 flags, u16 domid, u32 frame}; those count whose
         type is ``GTF_permit_access`` and whose ``GTF_writing`` bit Xen has set
         (xen/include/public/grant_table.h)
+    :param out: ``array('Q')``
+    :raise OverflowError: ``out`` is too small; the message has the number
     """
-    found = array("Q", bytes(memoryview(grant_frames).nbytes // 8 * 8))
-    count = _loops.active_writable(grant_frames, found)
-    return array("Q", sorted(set(found[:count])))
+    return _loops.active_writable(grant_frames, out)
 
 
 def receive_ring_whole(page: Any, grants: int) -> bool:
@@ -103,6 +136,18 @@ def receive_ring_whole(page: Any, grants: int) -> bool:
     :raise ValueError: ``page`` is less than a page
     """
     return _loops.receive_ring_whole(page, grants)
+
+
+def first_unmet(memory: Any, conditions: Any) -> int:
+    """The first condition on 64-bit words of ``memory`` that does not hold; -1 when all do.
+
+    :param conditions: ``array('Q')`` of (offset in bytes, mask, value) each: the word's bits in the
+        mask must be the value; the offset need not be aligned
+    :return: its number, the first one's is 0
+    :raise IndexError: an offset lies outside of ``memory``
+    :raise ValueError: ``conditions`` ends within one
+    """
+    return _loops.first_unmet(memory, conditions)
 
 
 def xor(one: Any, other: Any, out: Any) -> None:

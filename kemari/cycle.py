@@ -268,13 +268,17 @@ class Cycle:
         self._captured_ns, self._captured_boot_ns = time.monotonic_ns(), boot_ns()
         reach("capture")
         try:
-            return self._source.capture(self._staging, self._close_output, leave_paused=keep_paused)
+            # Disks at each attempt: what was answered since the last one is in the epoch as well.
+            return self._source.capture(
+                self._staging,
+                self._close_output,
+                self._disks.close_epoch,
+                leave_paused=keep_paused,
+            )
         except Exception as error:  # noqa: BLE001 - judged by the caller, in the loop's thread
             return error
 
     def _close_output(self) -> None:
-        # At each attempt: what was answered since the last one must be in the epoch as well.
-        self._disks.close_epoch()
         if self._closed:
             # By an attempt that failed after it.  What was sent since waits for the epoch after
             # this one, and its frames go on asking for that one.
@@ -298,12 +302,9 @@ class Cycle:
                 keeper.statistics.checkpoints += 1
                 keeper.statistics.pages.add(outcome.pages)
                 keeper.statistics.pause_ms.add(outcome.pause_ns / 1e6)
-                self._stages = (
-                    time.monotonic_ns() - self._captured_ns - outcome.pause_ns,
-                    outcome.settle_ns,
-                    outcome.close_ns,
-                    outcome.pause_ns - outcome.settle_ns - outcome.close_ns,
-                )
+                measured = (outcome.settle_ns, outcome.close_ns, outcome.copy_ns)
+                whole = time.monotonic_ns() - self._captured_ns
+                self._stages = (whole - sum(measured), *measured)
                 keeper.do(keeper.machine.captured_epoch(number))
             case NotQuiescent():
                 keeper.statistics.not_quiescent += 1

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from checkpoint.guest.conditions import Condition, is_even, is_zero
 from checkpoint.guest.layout import Cpu, LinuxLayout
 from checkpoint.guest.memory import PhysicalMemory
 
@@ -89,15 +90,16 @@ def shift_clock(memory: PhysicalMemory, layout: LinuxLayout, delta_ns: int) -> l
 def timekeeping_at_rest(memory: PhysicalMemory, layout: LinuxLayout) -> bool:
     """Whether no CPU of the paused guest is within an update of the time.
 
-    Then no kernel register or stack holds a system time that is about to be stored; a few reads of
-    4 bytes each.
+    Then no kernel register or stack holds a system time that is about to be stored.
     """
+    return all(condition.holds(memory) for condition in timekeeping_rests(layout))
+
+
+def timekeeping_rests(layout: LinuxLayout) -> list[Condition]:
+    """What :func:`timekeeping_at_rest` looks at."""
     clock = layout.clock
-    if _u32(memory, clock.lock) or _u32(memory, clock.suspended):
-        return False
-    if _u32(memory, clock.sequence) & 1:
-        return False
-    return not any(_u32(memory, vdso.sequence) & 1 for vdso in clock.vdso)
+    counters = [clock.sequence, *(vdso.sequence for vdso in clock.vdso)]
+    return [is_zero(clock.lock, 4), is_zero(clock.suspended, 4), *map(is_even, counters)]
 
 
 def reads_clock(layout: LinuxLayout, rip: int) -> bool:

@@ -7,6 +7,7 @@ Facts from drivers/xen/xenbus/xenbus_comms.c, xenbus_xs.c and include/xen/xenbus
 from __future__ import annotations
 
 from checkpoint.errors import UnsupportedGuest
+from checkpoint.guest.conditions import Condition, equals, is_zero
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.memory import PhysicalMemory
 from checkpoint.guest.paging import AddressSpace
@@ -24,16 +25,19 @@ def xenstore_at_rest(memory: PhysicalMemory, layout: LinuxLayout) -> bool:
     """Whether the paused guest's kernel has no xenstore request, transaction or message half done.
 
     The caller looks at the ring's indices as well: a message may lie there that neither side has
-    begun to read.  Five reads of at most 8 bytes.
+    begun to read.
     """
+    return all(condition.holds(memory) for condition in xenstore_rests(layout))
+
+
+def xenstore_rests(layout: LinuxLayout) -> list[Condition]:
+    """What :func:`xenstore_at_rest` looks at."""
     xenbus = layout.xenbus
-    if int.from_bytes(memory.read(xenbus.users, 4), "little"):
-        return False
-    if int.from_bytes(memory.read(xenbus.reading, 8), "little") & ~_MUTEX_FLAGS:
-        return False
-    return all(
-        int.from_bytes(memory.read(pa, 8), "little") == head_va for pa, head_va in xenbus.lists
-    )
+    return [
+        is_zero(xenbus.users, 4),
+        Condition(xenbus.reading, 8, (1 << 64) - 1 & ~_MUTEX_FLAGS, 0),
+        *(equals(pa, 8, head_va) for pa, head_va in xenbus.lists),
+    ]
 
 
 def read_watches(memory: PhysicalMemory, layout: LinuxLayout) -> list[tuple[str, str]]:

@@ -64,8 +64,6 @@ class Domain:
         self.libs = libs or libraries()
         self._xc: Any = self.libs.xc
         self._xch: Any = self.libs.xch
-        self._context_size = 0
-        self._context: Any = None
 
     def info(self) -> DomainInfo | None:
         """The domain's state, or None when no domain of this number exists."""
@@ -106,25 +104,26 @@ class Domain:
         check(self._xc.xc_domain_maximum_gpfn(self._xch, self.domid, out), "xc_domain_maximum_gpfn")
         return int(out[0])
 
-    def get_context(self) -> bytes:
-        """The HVM save records of vCPUs and platform devices (``hvm/save.h``).
+    def context_size(self) -> int:
+        """Bytes that the domain's save records can have; depends only on its configuration."""
+        return check(
+            self._xc.xc_domain_hvm_getcontext(self._xch, self.domid, ffi.NULL, 0),
+            "xc_domain_hvm_getcontext",
+            "size",
+        )
 
-        The size is asked for once; it depends only on the domain's configuration.
+    def get_context(self) -> bytes:
+        """The HVM save records of vCPUs and platform devices (``hvm/save.h``); two calls.
+
+        :class:`checkpoint.xen.moment.Moment` does it for checkpoints.
         """
-        if not self._context_size:
-            self._context_size = check(
-                self._xc.xc_domain_hvm_getcontext(self._xch, self.domid, ffi.NULL, 0),
-                "xc_domain_hvm_getcontext",
-                "size",
-            )
-            self._context = ffi.new("uint8_t[]", self._context_size)
+        size = self.context_size()
+        buffer = ffi.new("uint8_t[]", size)
         used = check(
-            self._xc.xc_domain_hvm_getcontext(
-                self._xch, self.domid, self._context, self._context_size
-            ),
+            self._xc.xc_domain_hvm_getcontext(self._xch, self.domid, buffer, size),
             "xc_domain_hvm_getcontext",
         )
-        return bytes(ffi.buffer(self._context, used))
+        return bytes(ffi.buffer(buffer, used))
 
     def set_context(self, context: bytes) -> None:
         """Load HVM save records; vCPUs with a CPU record come up."""

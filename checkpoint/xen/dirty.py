@@ -76,15 +76,17 @@ class DirtyLog:
             else:
                 raise
         self._enabled = True
-        self._report(MARK_FRAME)
+        self.mark()
         if not self.marked():
             raise UnsupportedGuest(
                 f"the dirty log keeps no mark at frame {MARK_FRAME} (expected memory there)"
             )
 
-    def read_and_clean(self) -> None:
+    def read_and_clean(self, *, mark: bool = True) -> None:
         """Move the log into :attr:`bitmap` and clean it.
 
+        :param mark: False for a domain that is paused, and that gets its mark before it runs: by
+            :meth:`mark`, or from a :class:`checkpoint.xen.moment.Resumption`
         :raise LogTaken: it does not tell all that was written since the last reading
         """
         if not self._enabled:
@@ -96,6 +98,11 @@ class DirtyLog:
             self._enabled = False  # it is somebody else's, or off
             self._give_back()
             raise LogTaken
+        if mark:
+            self.mark()
+
+    def mark(self) -> None:
+        """Put the mark into the log that was read; whatever the domain writes comes after it."""
         self._report(MARK_FRAME)
 
     def marked(self) -> bool:

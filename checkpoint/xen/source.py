@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The running guest on a Xen primary: dirty tracking and the capture of checkpoints.
 
-The order inside :meth:`XenSource.capture` is the whole point; it is that of ``docs/xen.md``:
-pause, let the backends answer, close the output epoch, shared pages ("rings") before the dirty log,
-the log before data, run on.  Backends write data first and the ring after, so this order can only
-give a snapshot in which an answer is missing, never one in which data is.  vCPUs do not change
-while they are paused, so that their state may be saved first.
+The order inside :meth:`XenSource.capture` is the whole point; it is that of ``docs/xen.md``: close
+the output epoch, pause, let the backends answer, shared pages ("rings") before the dirty log, the
+log before data, run on.  Backends write data first and the ring after, so this order can only give
+a snapshot in which an answer is missing, never one in which data is.  vCPUs do not change while
+they are paused, so that their state may be saved first.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from array import array
@@ -20,21 +21,19 @@ from checkpoint import native
 from checkpoint.driver import PAGE_SIZE, Captured, Description, Disk, Nic, Staging
 from checkpoint.errors import NotQuiescent, UnsupportedGuest
 from checkpoint.faultpoints import reach
-from checkpoint.guest.clock import reads_clock, timekeeping_at_rest
 from checkpoint.guest.events import event_pages
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.memory import PhysicalMemory, RamView
-from checkpoint.guest.xenstore import xenstore_at_rest
 from checkpoint.xen import rings, toolstack
-from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
-from checkpoint.xen.dirty import DirtyLog
+from checkpoint.xen.dirty import MARK_FRAME, DirtyLog
 from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
+from checkpoint.xen.moment import Moment, Resumption
 from checkpoint.xen.processors import Processors
+from checkpoint.xen.rest import Rest
 from checkpoint.xen.rings import Kind
-from checkpoint.xen.state import MachineState, StateEncoder
+from checkpoint.xen.state import EventChannel, MachineState, StateEncoder
 from checkpoint.xen.store import Store
-from checkpoint.xen.tables import Tables
 
 #: how long a paused guest waits for its backends to answer what they consumed, seconds: a network's
 #: backend only hands frames on, a disk has to be waited for
@@ -86,26 +85,39 @@ class XenSource:
             self._stale = True
             self._log = DirtyLog(domid, self._pages)
             held.callback(self._log.close)
-            self._tables = Tables(domid)
-            held.callback(self._tables.close)
+            self._moment = Moment(domid, self._domain.context_size())
+            held.callback(self._moment.close)
+            self._resumption = Resumption(domid, MARK_FRAME)
+            held.callback(self._resumption.close)
             self._ram = Mapping(domid, range(self._pages), allow_holes=True)
             held.callback(self._ram.close)
             self._outside = Mapping(domid, self._special)
             held.callback(self._outside.close)
-            _events, frames = self._tables.read()
+            # With the context as well: where Xen refuses it, protection shall not begin.
+            self._moment.take(pause=False)
+            self._moment.context()
+            _events, frames = self._moment.tables()
             self._grants = GrantFrames(domid, frames)
+            self._granted = array("Q", bytes(len(self._grants.view)))
             held.callback(lambda: self._grants.close())
+            self._outside_pages = {
+                gfn: self._outside.page(index) for index, gfn in enumerate(self._special)
+            }
             self._memory = PresentRam(self._ram)
             self._holes = self._all_holes()
+            # A growing grant table takes frames that the guest keeps free for it.
+            self._no_memory = array(
+                "Q", (gfn for gfn in self._holes if gfn not in self._layout.grants.gfns)
+            )
+            self._rest = Rest(self._ram.view, self._memory, self._layout)
             self._found = array("Q", bytes(8 * self._pages))
             self._carried: bytes | None = None
             self._log_was_read = False
-            self._context_size = 0
             callback = self._domain.get_param(HVM_PARAM_CALLBACK_IRQ)
             self._callback = {HVM_PARAM_CALLBACK_IRQ: callback}
             self._encoder = StateEncoder()
             self._first_round = True
-            self._most_pages = self._tables.pages
+            self._most_pages = self._moment.pages
             self._log.enable()
             self._refresh()
             self._held = held.pop_all()
@@ -136,7 +148,7 @@ class XenSource:
         if self._following.changed() or self._stale:
             self._stale = True
             self._tree = self._following.tree()
-            _events, frames = self._tables.read()
+            _events, frames = self._moment.read_tables()
             self._map_grants(frames)
             self._rings = rings.device_rings(self._tree, self._grants.view)
             self._fifo_pages = -1
@@ -146,8 +158,24 @@ class XenSource:
             lasting = self._lasting_frames() | {ring.gfn for ring in self._rings}
             if not lasting.isdisjoint(self._holes):
                 raise UnsupportedGuest("the guest shares pages that it does not have")
-            self._shared = sorted(lasting)
+            self._share(sorted(lasting))
+            self._rest.prepare(count)
             self._fifo_pages = count
+
+    def _share(self, frames: list[int]) -> None:
+        """Prepare the copying of ``frames``, ascending, which the dirty log knows nothing of."""
+        self._shared = array("Q", frames)
+        self._left_out = array("Q", sorted({*frames, *self._holes}))
+        self._awaited = [
+            (ring.kind, self._page(ring.gfn))
+            for ring in self._rings
+            if ring.kind is not Kind.RECEIVE
+        ]
+        self._receiving = [
+            (frames.index(ring.gfn), self._page(ring.gfn))
+            for ring in self._rings
+            if ring.kind is Kind.RECEIVE
+        ]
 
     def _fifo_count(self) -> int:
         fifo = self._layout.fifo
@@ -158,12 +186,13 @@ class XenSource:
             grown = GrantFrames(self._domain.domid, frames)
             self._grants.close()
             self._grants = grown
+            self._granted = array("Q", bytes(len(grown.view)))
 
     def _check_size(self) -> None:
         """:raise UnsupportedGuest: the guest was given pages after they were mapped here"""
         # What it gave away before stays counted, since the mapping here holds it: a guest that
         # takes memory back under the same frame numbers can only have more than at the start.
-        pages = self._tables.pages
+        pages = self._moment.pages
         if pages > self._most_pages:
             raise UnsupportedGuest(
                 f"the guest's memory has grown from {self._most_pages} to {pages} pages "
@@ -212,69 +241,88 @@ class XenSource:
         return not (self._stale or self._following.changed() or self._disks_busy())
 
     def _disks_busy(self) -> bool:
-        return not all(
-            rings.answered(self._page(ring.gfn)) for ring in self._rings if ring.kind is Kind.DISK
-        )
+        return not all(rings.answered(page) for kind, page in self._awaited if kind is Kind.DISK)
 
     def capture(
-        self, staging: Staging, close_output: Callable[[], None], *, leave_paused: bool = False
+        self,
+        staging: Staging,
+        close_output: Callable[[], None],
+        close_writes: Callable[[], None],
+        *,
+        leave_paused: bool = False,
     ) -> Captured:
         self._refresh()
         staging.clear()
-        begun = time.perf_counter_ns()
-        reach("pause")
-        self.pause()
-        try:
-            reach("paused")
-            context = self._domain.get_context()
-            special = {
-                gfn: bytes(self._outside.page(index)) for index, gfn in enumerate(self._special)
-            }
-            self._check_at_rest(context, special[self._special[0]])
-            self._await_backends()
-            settled = time.perf_counter_ns()
+        waits = leave_paused or self._paused
+        closing = time.perf_counter_ns()
+        if not waits:
+            # What the guest sends from here to the pause is in the next epoch: late, never early.
             close_output()
-            closed = time.perf_counter_ns()
-            state = self._copy_shared(staging, context, special)
+        begun = closed = time.perf_counter_ns()
+        reach("pause")
+        collecting = gc.isenabled()
+        gc.disable()  # a collection of garbage may take longer than all that follows
+        try:
+            self._moment.take(pause=not self._paused)
+            self._paused = True
+            reach("paused")
+            context = self._moment.context()
+            outside = {gfn: bytes(page) for gfn, page in self._outside_pages.items()}
+            self._rest.check(context, outside[self._special[0]])
+            if self._following.changed():
+                raise NotQuiescent("the guest's part of xenstore has just changed")
+            self._await_backends()
+            close_writes()
+            settled = time.perf_counter_ns()
+            if waits:
+                close_output()
+                closing, closed = settled, time.perf_counter_ns()
+            events, grants = self._copy_shared(staging)
             reach("rings-copied")
             self._copy_dirty(staging)
             reach("pages-copied")
             pause_ns = time.perf_counter_ns() - begun
-            if not leave_paused:
-                self.unpause()
-                reach("unpaused")
-            staging.state = self._encoder.encode(state)
+            self._let_go(leave_paused)
+            staging.state = self._encoder.encode(
+                MachineState(
+                    context=context,
+                    events=events,
+                    grants=[grants],
+                    pages=outside,
+                    params=self._callback,  # set once, when the guest boots
+                    store=self._tree,
+                )
+            )
         except BaseException:
-            if self._log_was_read:
-                # The log is clean now: what it said must not be lost with this attempt.
-                self._carried = bytes(self._log.bitmap)
-            self.unpause()
+            self._keep_log()
             raise
         finally:
             self._log_was_read = False
-        return Captured(staging.count, pause_ns, settled - begun, closed - settled)
+            if collecting:
+                gc.enable()
+        close_ns = closed - closing
+        copy_ns = pause_ns - (settled - begun) - (close_ns if waits else 0)
+        return Captured(staging.count, pause_ns, settled - begun, close_ns, copy_ns)
 
-    def _check_at_rest(self, context: bytes, store_page: bytes) -> None:
-        """Look whether this pause point will do.
+    def _let_go(self, leave_paused: bool) -> None:
+        """Put the mark into the log, and then let the guest run, if it shall."""
+        if leave_paused:
+            self._log.mark()
+            return
+        self._resumption.make()
+        self._paused = False
+        self._resumption.check()
+        reach("unpaused")
 
-        :param store_page: the copy of the xenstore ring that goes with the checkpoint: xenstored
-            may put an event into the live one at any time
-        :raise NotQuiescent: the guest itself is in the middle of something that cannot move
-        """
-        if len(context) != self._context_size:  # a vCPU came up or went down
-            self._context_size = len(context)
-            self._pointers_at = Context(context).instruction_pointers_at()
-        pointers = [int.from_bytes(context[at : at + 8], "little") for at in self._pointers_at]
-        if any(reads_clock(self._layout, pointer) for pointer in pointers):
-            raise NotQuiescent("the guest was paused while it read its clock")
-        if not timekeeping_at_rest(self._memory, self._layout):
-            raise NotQuiescent("the guest was paused while it updated its clock")
-        if not (rings.xenstore_empty(store_page) and xenstore_at_rest(self._memory, self._layout)):
-            raise NotQuiescent("the guest was paused in a conversation with xenstore")
-        if self._following.changed():
-            raise NotQuiescent("the guest's part of xenstore has just changed")
-        if self._fifo_count() != self._fifo_pages:
-            raise NotQuiescent("the guest has just added a page of event channels")
+    def _keep_log(self) -> None:
+        """Let the guest run after an attempt that failed; nothing that the log said is lost."""
+        try:
+            if self._log_was_read:
+                self._carried = bytes(self._log.bitmap)  # the log itself is clean now
+                if self._paused:
+                    self._log.mark()
+        finally:
+            self.unpause()
 
     def _await_backends(self) -> None:
         """Wait until no backend owes the paused guest an answer.
@@ -282,99 +330,77 @@ class XenSource:
         :raise NotQuiescent: the bound passed
         """
         began = 0.0
-        for ring in self._rings:
-            if ring.kind is Kind.RECEIVE:
-                continue
-            page = self._page(ring.gfn)
+        for kind, page in self._awaited:
             while not rings.answered(page):
                 now = time.monotonic()
                 began = began or now
-                if now - began > _QUIET_BOUND[ring.kind]:
+                if now - began > _QUIET_BOUND[kind]:
                     raise NotQuiescent(
-                        f"a {ring.kind.name.lower()} backend has not answered within its bound"
+                        f"a {kind.name.lower()} backend has not answered within its bound"
                     )
                 os.sched_yield()
 
     def _page(self, gfn: int) -> memoryview:
         return self._ram.view[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
 
-    def _copy_shared(
-        self, staging: Staging, context: bytes, special: dict[int, bytes]
-    ) -> MachineState:
-        """Copy, before the dirty log is read, rings and what Xen itself writes."""
-        events, frames = self._tables.read()
+    def _copy_shared(self, staging: Staging) -> tuple[list[EventChannel], bytes]:
+        """Copy, before the dirty log is read, rings and what Xen itself writes.
+
+        :return: event channels, grant table
+        """
+        events, frames = self._moment.tables()
         self._check_size()
         self._map_grants(frames)
         grants = bytes(self._grants.view)
-        written = {gfn for gfn in native.active_writable(grants) if gfn < self._pages}
-        written.difference_update(self._holes)
-        shared = self._shared
         # Data, as opposed to rings: copied after the log is read, since a backend may be at it now.
-        self._granted = array("Q", sorted(written.difference(shared)))
-        self._copied_first = array("Q", shared)
+        self._under_grants = native.active_writable(grants, self._granted)
+        shared = self._shared
         self._need(staging, len(shared))
-        staging.gfns[: len(shared)] = self._copied_first
-        native.gather(self._ram.view, staging.gfns, len(shared), staging.data)
+        staging.gfns[: len(shared)] = shared
+        native.gather(self._ram.view, shared, len(shared), staging.data)
         staging.count = len(shared)
         self._check_receive_rings(staging, frames * rings.GRANTS_PER_FRAME)
-        return MachineState(
-            context=context,
-            events=events,
-            grants=[grants],
-            pages=special,
-            params=self._callback,  # set once, when the guest boots
-            store=self._tree,
-        )
+        return events, grants
 
     def _check_receive_rings(self, staging: Staging, grants: int) -> None:
         deadline = 0.0
-        for ring in self._rings:
-            if ring.kind is not Kind.RECEIVE:
-                continue
-            index = self._copied_first.index(ring.gfn)
-            copy = staging.data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+        for place, page in self._receiving:
+            copy = staging.data[place * PAGE_SIZE : (place + 1) * PAGE_SIZE]
             while not rings.receive_unambiguous(copy, grants):
                 now = time.monotonic()
                 if not deadline:
-                    deadline = now + _QUIET_BOUND[ring.kind]
+                    deadline = now + _QUIET_BOUND[Kind.RECEIVE]
                 elif now > deadline:
                     raise NotQuiescent("a network backend keeps a batch of answers open")
                 os.sched_yield()
-                copy[:] = self._page(ring.gfn)
+                copy[:] = page
 
     def _copy_dirty(self, staging: Staging) -> None:
-        self._log.read_and_clean()
+        self._log.read_and_clean(mark=False)
         self._log_was_read = True
         reach("log-read")
         if self._carried is not None:
             self._merge_carried()
-        count = native.subtract(self._found, self._scan(), self._copied_first)
-        if self._granted:
-            count = native.subtract(self._found, count, self._granted)
-            self._found[count : count + len(self._granted)] = self._granted
-            count += len(self._granted)
-        first = staging.count
-        self._need(staging, first + count)
-        staging.gfns[first : first + count] = self._found[:count]
-        native.gather(self._ram.view, self._found, count, staging.data[first * PAGE_SIZE :])
-        staging.count = first + count
+        self._check_holes()
+        staging.count = native.stage(
+            self._ram.view, self._log.bitmap, self._pages, self._granted, self._under_grants,
+            self._left_out, staging.gfns, staging.count, staging.data,
+        )  # fmt: skip
+
+    def _check_holes(self) -> None:
+        """:raise UnsupportedGuest: the log has a frame that the guest did not have when mapped"""
+        filled = native.first_set(self._log.bitmap, self._no_memory)
+        if filled >= 0:
+            raise _given_memory(filled)
 
     def _scan(self) -> int:
         """Put the frames of the log that was read into ``_found``; how many they are.
 
         :raise UnsupportedGuest: among them is one that the guest did not have when it was mapped
         """
+        self._check_holes()
         count = native.scan_bitmap(self._log.bitmap, self._pages, self._found)
-        if self._holes:
-            logged = self._found[:count]
-            left = native.subtract(self._found, count, self._holes)
-            if left < count:
-                # A growing grant table takes frames that the guest keeps free for it.
-                new = set(logged).intersection(self._holes).difference(self._layout.grants.gfns)
-                if new:
-                    raise _given_memory(min(new))
-            count = left
-        return count
+        return native.subtract(self._found, count, self._holes)
 
     def _merge_carried(self) -> None:
         assert self._carried is not None

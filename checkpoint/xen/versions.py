@@ -22,22 +22,29 @@ class Release:
     :ivar libxenctrl: soname of the control library
     :ivar libxenguest: soname of the domain builder's library, which has the CPU policy calls
     :ivar python_path: where Debian keeps ``xen.lowlevel`` for this release
+    :ivar domctl: ``XEN_DOMCTL_INTERFACE_VERSION`` (xen/include/public/domctl.h): Xen refuses a
+        control call that was written for another one
     """
 
     name: str
     libxenctrl: str
     libxenguest: str
     python_path: str
+    domctl: int
 
 
-def _release(name: str) -> Release:
+def _release(name: str, domctl: int) -> Release:
     return Release(
-        name, f"libxenctrl.so.{name}", f"libxenguest.so.{name}", f"/usr/lib/xen-{name}/lib/python"
+        name,
+        f"libxenctrl.so.{name}",
+        f"libxenguest.so.{name}",
+        f"/usr/lib/xen-{name}/lib/python",
+        domctl,
     )
 
 
 #: xc_dominfo, domctl and save-record layouts compared with the headers of each release
-RELEASES = {name: _release(name) for name in ("4.17", "4.20")}
+RELEASES = {release.name: release for release in (_release("4.17", 0x15), _release("4.20", 0x17))}
 
 
 def running_release(root: Path = Path("/sys/hypervisor")) -> Release:

@@ -137,7 +137,29 @@ static void bitmaps(void)
     uint64_t room = draw(total + 1), *out = take(room * 8), grant;
     check(bitmap_scan(bitmap, nbits, out, room) == room, "a scan fills the room there is");
     grants_writable(bitmap, bytes / 8, &grant, 1);
+    uint64_t gfns[4], exclude[4];
+    for (unsigned i = 0; i < 4; i++) {
+        gfns[i] = draw(400);
+        exclude[i] = (i ? exclude[i - 1] + 1 : 0) + draw(100);
+    }
+    uint64_t left = bitmap_without(bitmap, nbits, exclude, 4, out, room);
+    check(left <= total && left + 4 >= total, "four frames at most are left out");
+    bitmap_mark(bitmap, nbits, gfns, 4, exclude, 4);
+    check(bitmap_count(bitmap, nbits) >= total, "marking takes nothing away");
+    check(bitmap_first(bitmap, nbits, gfns, 4) <= 4, "a frame that is set, or none");
     free(out), free(bitmap);
+}
+
+static void conditions(void)
+{
+    uint64_t bytes = draw(40), words[2 * CONDITION_WORDS];
+    uint8_t *memory = take(bytes);
+    memset(memory, (int)draw(256), bytes);
+    for (unsigned i = 0; i < 2 * CONDITION_WORDS; i++)
+        words[i] = draw(8) ? draw(48) : UINT64_MAX;
+    if (conditions_within(words, 2, bytes))
+        check(conditions_check(memory, words, 2) <= 2, "a condition that does not hold, or none");
+    free(memory);
 }
 
 static void rings(void)
@@ -172,6 +194,7 @@ int main(int argc, char **argv)
         for (int n = 0; n < 4; n++) {
             epoch(guest, reference, have, shell, tally);
             bitmaps();
+            conditions();
             rings();
         }
         free(guest), free(shell), free(reference), free(have);

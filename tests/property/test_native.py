@@ -63,6 +63,51 @@ def test_active_writable(entries: bytes, room: int) -> None:
         assert mine[:result] == theirs[:result]
 
 
+near = st.lists(st.integers(0, PAGES * 8 + 3), max_size=6)
+
+
+@given(st.binary(max_size=12), near)
+def test_first_set(bitmap: bytes, gfns: list[int]) -> None:
+    same("first_set", lambda: (bitmap, array("Q", gfns)))
+
+
+@given(
+    st.binary(max_size=10), st.integers(-1, 70), near, st.integers(-1, 4),
+    near, st.booleans(), st.integers(-1, 3), st.integers(0, 12), st.integers(0, 12),
+)  # fmt: skip
+@example(b"\xff" * 10, 70, [2, 69], 2, [0, 1, 64, 66], True, 1, 12, 12)
+def test_stage(
+    bitmap: bytes, nbits: int, also: list[int], many: int, left_out: list[int], ascend: bool,
+    count: int, room: int, pages: int,
+) -> None:  # fmt: skip
+    memory = random.Random(len(also)).randbytes(70 * PAGE)
+    if ascend:
+        left_out = sorted(set(left_out))
+    result, marked, _, _, gfns, data = same(
+        "stage",
+        lambda: (
+            memory, bytearray(bitmap), nbits, array("Q", also), many, array("Q", left_out),
+            array("Q", bytes(8 * room)), count, bytearray(pages * PAGE),
+        ),
+    )  # fmt: skip
+    bits = {gfn for gfn in range(len(bitmap) * 8) if bitmap[gfn // 8] >> gfn % 8 & 1}
+    if isinstance(result, int) or result[0] is OverflowError:
+        bits |= {gfn for gfn in also[:many] if gfn < nbits and gfn not in left_out}
+    assert {gfn for gfn in range(len(marked) * 8) if marked[gfn // 8] >> gfn % 8 & 1} == bits
+    if isinstance(result, int):
+        expected = sorted(gfn for gfn in bits if gfn < nbits and gfn not in left_out)
+        assert list(struct.unpack(f"<{room}Q", gfns)[count:result]) == expected
+        for place, gfn in enumerate(expected, count):
+            page = data[place * PAGE : (place + 1) * PAGE]
+            assert page == memory[gfn * PAGE : (gfn + 1) * PAGE]
+
+
+@given(st.binary(max_size=30), st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=9))
+@example(bytes(24), [0, 1, 0, 16, 2**64 - 1, 0, 8, 1, 1])
+def test_first_unmet(memory: bytes, conditions: list[int]) -> None:
+    same("first_unmet", lambda: (memory, array("Q", conditions)))
+
+
 @st.composite
 def receive_rings(draw: st.DrawFn) -> bytes:
     """Rings of netif requests, some of them answered or broken."""

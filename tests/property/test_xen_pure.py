@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint import native
 from checkpoint.driver import PAGE_SIZE
 from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.guest.conditions import Condition, words
+from checkpoint.guest.memory import RamView
 from checkpoint.xen.context import Context
+from checkpoint.xen.rest import borders
 from checkpoint.xen.state import EventChannel, MachineState
 from tests.unit.xen_fakes import save_file
 
@@ -90,3 +95,28 @@ def test_damaged_save_files_give_a_plain_error(data: st.DataObject, vcpus: set[i
         return
     assert set(copy.vcpus()) <= {0}
     assert untrusted.startswith(context.to_bytes())
+
+
+points = st.integers(0, 30)
+
+
+@given(st.lists(st.tuples(points, points), max_size=6), points)
+def test_a_number_is_in_a_range_when_an_odd_number_of_borders_is_at_or_below_it(
+    ranges: list[tuple[int, int]], number: int
+) -> None:
+    found = borders(ranges)
+    assert found == sorted(set(found))
+    inside = any(first <= number < end for first, end in ranges)
+    assert bool(bisect_right(found, number) & 1) is inside
+
+
+@given(st.data(), st.binary(min_size=32, max_size=32), st.sampled_from([4, 8]))
+def test_conditions_hold_or_not_however_they_are_written(
+    data: st.DataObject, ram: bytes, size: int
+) -> None:
+    number = st.integers(0, (1 << 8 * size) - 1)
+    pa, mask = data.draw(st.integers(0, 32 - size)), data.draw(number)
+    there = int.from_bytes(ram[pa : pa + size], "little")
+    condition = Condition(pa, size, mask, data.draw(st.just(there & mask) | number))
+    compiled = words([condition], RamView(ram))
+    assert (native.first_unmet(ram, compiled) < 0) is condition.holds(RamView(ram))

@@ -88,14 +88,17 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _XEN,
-                "            state = self._copy_shared(staging, context, special)\n"
+                "            events, grants = self._copy_shared(staging)\n"
                 '            reach("rings-copied")\n'
                 "            self._copy_dirty(staging)\n",
-                '            self._copied_first = array("Q", self._shared)\n'
-                '            self._granted = array("Q")\n'
+                "            self._log.read_and_clean(mark=False)\n"
+                "            logged = bytes(self._log.bitmap)\n"
+                "            events, grants = self._copy_shared(staging)\n"
+                '            reach("rings-copied")\n'
+                "            self._log.read_and_clean = lambda **_: None\n"
+                "            self._log.bitmap[:] = logged\n"
                 "            self._copy_dirty(staging)\n"
-                "            state = self._copy_shared(staging, context, special)\n"
-                '            reach("rings-copied")\n',
+                "            del self._log.read_and_clean\n",
             ),
         ),
         _XEN_TESTS,
@@ -106,8 +109,8 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _XEN,
-                '        self._granted = array("Q", sorted(written.difference(shared)))\n',
-                '        self._granted = array("Q")\n',
+                "        self._under_grants = native.active_writable(grants, self._granted)\n",
+                "        self._under_grants = 0 * native.active_writable(grants, self._granted)\n",
             ),
         ),
         _XEN_TESTS,
@@ -124,7 +127,7 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _XEN,
-                "            self._check_at_rest(context, special[self._special[0]])\n",
+                "            self._rest.check(context, outside[self._special[0]])\n",
                 "",
             ),
         ),
@@ -136,8 +139,8 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _XEN,
-                "                self._carried = bytes(self._log.bitmap)\n",
-                "                self._carried = None\n",
+                "                self._carried = bytes(self._log.bitmap)",
+                "                self._carried = None",
             ),
         ),
         _XEN_TESTS,
@@ -146,12 +149,40 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         "xen-output-closed-after-unpause",
         "on Xen, output is closed before the guest runs again",
         (
-            Edit(_XEN, "            close_output()\n", ""),
             Edit(
                 _XEN,
-                '                self.unpause()\n                reach("unpaused")\n',
-                "                self.unpause()\n                close_output()\n"
-                '                reach("unpaused")\n',
+                "            close_output()\n        begun = closed",
+                "            pass\n        begun = closed",
+            ),
+            Edit(
+                _XEN,
+                "            self._let_go(leave_paused)\n",
+                "            self._let_go(leave_paused)\n"
+                "            if not waits:\n                close_output()\n",
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-output-closed-too-early",
+        "on Xen, all output of a guest that is to stay paused is in its last epoch",
+        (
+            Edit(
+                _XEN,
+                "        waits = leave_paused or self._paused\n",
+                "        waits = self._paused\n",
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-log-without-a-mark",
+        "on Xen, the log has its mark again before the guest runs",
+        (
+            Edit(
+                _XEN,
+                "            self._let_go(leave_paused)\n",
+                "            if not leave_paused:\n                self.unpause()\n",
             ),
         ),
         _XEN_TESTS,

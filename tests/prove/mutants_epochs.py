@@ -59,11 +59,12 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         "output-closed-after-unpause",
         "an epoch's output is closed before the guest runs again",
         (
-            Edit(_MEMORY, "                close_output()\n", "                guest.state()\n"),
+            Edit(_MEMORY, "        if not waits:\n            close_output()\n", ""),
             Edit(
                 _MEMORY,
                 '                self.unpause()\n                reach("unpaused")\n',
-                "                self.unpause()\n                close_output()\n"
+                "                self.unpause()\n"
+                "                if not waits:\n                    close_output()\n"
                 '                reach("unpaused")\n',
             ),
         ),

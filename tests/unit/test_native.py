@@ -11,7 +11,7 @@ from array import array
 
 import pytest
 
-from checkpoint import _native, _twin, native
+from checkpoint import _native, _twin
 from checkpoint.native import (
     RECORD_MOST,
     REF_HELD,
@@ -135,7 +135,7 @@ def grant(flags: int, frame: int) -> bytes:
     return struct.pack("<HHI", flags, 0, frame)
 
 
-def test_active_writable_takes_accesses_that_are_mapped_for_writing() -> None:
+def test_active_writable_takes_accesses_that_are_mapped_for_writing(loops: Loops) -> None:
     table = b"".join(
         [
             grant(0, 1),  # free
@@ -147,12 +147,81 @@ def test_active_writable_takes_accesses_that_are_mapped_for_writing() -> None:
             grant(1 | 1 << 4, 9),  # the same frame again
         ]
     )
-    assert native.active_writable(table) == words(5, 9)
+    out = words(0, 0, 0, 7)
+    assert loops.active_writable(table, out) == 3
+    assert list(out) == [9, 5, 9, 7]
 
 
 def test_active_writable_into_too_little_room(loops: Loops) -> None:
     with pytest.raises(OverflowError, match="2 grants are active, room for 1"):
         loops.active_writable(grant(0x11, 1) * 2, words(0))
+
+
+# ---- first_set, stage ----
+
+
+def test_the_first_of_some_frames_that_is_set(loops: Loops) -> None:
+    assert loops.first_set(b"\x05\x80", words(1, 15, 2, 0)) == 15
+    assert loops.first_set(b"\x05\x80", words(1, 16, 2**64 - 1)) == -1
+    assert loops.first_set(b"", words()) == -1
+
+
+def staged(
+    loops: Loops, bitmap: bytearray, also: array[int], left_out: array[int], room: int
+) -> tuple[list[int], bytes]:
+    """Frames and the first byte of each page, one page being staged already."""
+    memory = b"".join(bytes([gfn]) * PAGE for gfn in range(16))
+    gfns, data = words(99, *[0] * (room - 1)), bytearray(b"\xee" * room * PAGE)
+    count = loops.stage(memory, bitmap, 16, also, 2, left_out, gfns, 1, data)
+    return list(gfns[:count]), bytes(data[: count * PAGE : PAGE])
+
+
+def test_stage_takes_what_is_set_and_granted_once_and_leaves_out_what_is_shared(
+    loops: Loops,
+) -> None:
+    bitmap = bytearray(b"\x16\x80")  # 1 2 4 15
+    frames, pages = staged(loops, bitmap, words(7, 2, 3), words(4, 9), 8)
+    assert frames == [99, 1, 2, 7, 15]
+    assert pages == b"\xee\x01\x02\x07\x0f"
+    assert bitmap == b"\x96\x80"
+
+
+def test_what_is_granted_and_left_out_or_beyond_the_guest_is_not_marked(loops: Loops) -> None:
+    bitmap = bytearray(3)
+    assert staged(loops, bitmap, words(4, 16), words(4), 8)[0] == [99]
+    assert bitmap == bytes(3)
+
+
+def test_what_does_not_fit_is_still_marked(loops: Loops) -> None:
+    bitmap = bytearray(b"\x16\x80")
+    with pytest.raises(OverflowError, match=r"^5 pages to copy \(staging holds 4\)$"):
+        staged(loops, bitmap, words(7, 7), words(4, 9), 4)
+    assert bitmap == b"\x96\x80"
+
+
+def test_stage_of_frames_that_do_not_ascend_is_refused(loops: Loops) -> None:
+    with pytest.raises(ValueError, match="do not ascend"):
+        staged(loops, bytearray(2), words(0, 0), words(9, 4), 8)
+
+
+# ---- first_unmet ----
+
+
+def test_the_first_condition_that_does_not_hold(loops: Loops) -> None:
+    memory = struct.pack("<3Q", 0x1234, 7, 0)
+    good = (0, 0xFF00, 0x1200, 8, 2**64 - 1, 7)
+    assert loops.first_unmet(memory, words()) == -1
+    assert loops.first_unmet(memory, words(*good)) == -1
+    assert loops.first_unmet(memory, words(*good, 16, 0, 1)) == 2
+    assert loops.first_unmet(memory, words(0, 1, 1, *good)) == 0
+
+
+def test_conditions_beyond_memory_or_cut_off_are_refused(loops: Loops) -> None:
+    for offset in (17, 2**64 - 1):
+        with pytest.raises(IndexError, match="outside of the guest's memory"):
+            loops.first_unmet(bytes(24), words(0, 0, 0, offset, 0, 0))
+    with pytest.raises(ValueError, match="16 bytes are no whole number"):
+        loops.first_unmet(bytes(24), words(0, 0))
 
 
 # ---- subtract ----

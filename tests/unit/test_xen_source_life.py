@@ -144,14 +144,16 @@ def test_a_hole_that_was_filled_is_refused_and_nothing_is_lost(holey: Rig) -> No
 
 
 def test_a_hole_that_the_grant_table_grew_into_is_left_out(
-    holey: Rig, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept = holey.layout.grants
-    object.__setattr__(holey.layout, "grants", type(kept)(HOLES, kept.used, 1))
-    holey.guest.logged |= {HOLES[1], DATA}
-    holey.capture()
-    assert DATA in holey.copies()
-    assert HOLES[1] not in holey.copies()
+    rig = Rig(monkeypatch, holes=HOLES)
+    kept = rig.layout.grants
+    object.__setattr__(rig.layout, "grants", type(kept)(HOLES, kept.used, 1))
+    rig.source.track()
+    rig.guest.logged |= {HOLES[1], DATA}
+    rig.capture()
+    assert DATA in rig.copies()
+    assert HOLES[1] not in rig.copies()
 
 
 def test_memory_that_came_while_the_shell_was_built_is_refused(

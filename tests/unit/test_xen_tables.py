@@ -15,8 +15,8 @@ from checkpoint.guest.memory import GuestMemoryError
 from checkpoint.xen import control
 from checkpoint.xen.control import Domain
 from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
+from checkpoint.xen.moment import Moment, Resumption
 from checkpoint.xen.state import EventChannel
-from checkpoint.xen.tables import Tables
 from tests.unit.xen_fakes import FakeXen, save_file
 
 DOMID = 5
@@ -30,6 +30,132 @@ def xen() -> Any:
     return made
 
 
+def tables_of(xen: Any) -> Moment:
+    """What reads the guest's tables."""
+    return Moment(DOMID, 4096, xen)
+
+
+# ---- Section: a moment ----
+
+
+def test_a_moment_is_one_trip_in_which_the_domain_stops_first(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    guest.ports = {1: (2, 0, 0x7FF1, 77)}
+    guest.context = save_file((0, 1))
+    paused: list[int] = []
+    xen.before["xc_domain_hvm_getcontext"] = lambda *_: paused.append(guest.pauses)
+    moment = Moment(DOMID, len(guest.context), xen)
+    xen.calls.clear()
+    moment.take(pause=True)
+    assert moment.context() == guest.context
+    assert moment.tables() == ([EventChannel(1, 2, 0, 0x7FF1)], 1)
+    assert xen.calls == ["xencall2", "xc_domain_pause", "xc_domain_hvm_getcontext"]
+    assert (paused, guest.pauses) == ([1], 1)
+    guest.context = save_file((0,))  # a vCPU went down: fewer records
+    moment.take(pause=False)
+    assert moment.context() == guest.context
+    assert guest.pauses == 1
+    moment.close()
+    assert not xen.buffers
+
+
+def test_a_domain_that_xen_does_not_pause(xen: Any) -> None:
+    moment = tables_of(xen)
+    xen.failing["xc_domain_pause"] = (0, errno.EBUSY)
+    with pytest.raises(HypervisorError) as caught:
+        moment.take(pause=True)
+    assert (caught.value.call, caught.value.errno) == ("XEN_DOMCTL_pausedomain", errno.EBUSY)
+    moment.close()
+
+
+def test_a_context_that_xen_does_not_give(xen: Any) -> None:
+    xen.domains[DOMID].context = save_file((0, 1))
+    moment = Moment(DOMID, 100, xen)
+    moment.take(pause=True)
+    with pytest.raises(HypervisorError) as caught:
+        moment.context()
+    assert (caught.value.call, caught.value.errno) == ("XEN_DOMCTL_gethvmcontext", errno.ENOSPC)
+    assert moment.tables() == ([], 1)
+    moment.close()
+
+
+def test_a_release_that_is_not_the_running_one_is_told_by_its_control_calls(xen: Any) -> None:
+    xen.release.domctl += 1
+    moment = tables_of(xen)
+    xen.release.domctl -= 1
+    with pytest.raises(HypervisorError) as caught:
+        moment.take(pause=True)
+    assert caught.value.errno == errno.EACCES
+    moment.close()
+
+
+def test_a_table_that_grew_is_read_to_its_end_while_the_domain_stays_paused(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    guest.ports = {200: (5, 0, 0, 0)}
+    moment = tables_of(xen)
+    moment.take(pause=True)
+    assert [event.port for event in moment.tables()[0]] == [200]
+    assert guest.pauses == 1
+    moment.take(pause=False)
+    assert [event.port for event in moment.tables()[0]] == [200]
+    moment.close()
+    assert not xen.buffers
+
+
+def test_no_room_for_a_table_that_grew(xen: Any) -> None:
+    xen.domains[DOMID].ports = {200: (5, 0, 0, 0)}
+    moment = tables_of(xen)
+    xen.failing["xencall_alloc_buffer_pages"] = (0, errno.ENOMEM)
+    for _ in range(2):
+        with pytest.raises(HypervisorError, match="xencall_alloc_buffer_pages"):
+            moment.read_tables()
+    xen.failing.clear()
+    assert [event.port for event in moment.read_tables()[0]] == [200]
+    moment.close()
+    assert not xen.buffers
+
+
+# ---- Section: the way back ----
+
+
+def test_a_domain_is_marked_and_let_go_in_one_trip(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    guest.logging, guest.pauses = True, 1
+    resumption = Resumption(DOMID, 7, xen)
+    xen.calls.clear()
+    for _ in range(2):
+        guest.logged.clear()
+        resumption.make()
+        resumption.check()
+        assert (guest.pauses, guest.logged) == (0, {7})
+        guest.pauses = 1
+    assert xen.calls == 2 * ["xencall2", "xendevicemodel_modified_memory", "xc_domain_unpause"]
+    resumption.close()
+    assert not xen.buffers
+
+
+def test_a_domain_that_xen_does_not_let_go(xen: Any) -> None:
+    xen.domains[DOMID].pauses = 1
+    resumption = Resumption(DOMID, 7, xen)
+    xen.failing["xc_domain_unpause"] = (0, errno.EBUSY)
+    with pytest.raises(HypervisorError) as caught:
+        resumption.make()
+    assert (caught.value.call, caught.value.errno) == ("XEN_DOMCTL_unpausedomain", errno.EBUSY)
+    resumption.close()
+
+
+def test_a_mark_that_xen_does_not_take_does_not_keep_the_domain_paused(xen: Any) -> None:
+    guest = xen.domains[DOMID]
+    guest.pauses = 1
+    resumption = Resumption(DOMID, 7, xen)
+    xen.failing["xendevicemodel_modified_memory"] = (0, errno.EFAULT)
+    resumption.make()
+    assert guest.pauses == 0
+    with pytest.raises(HypervisorError, match="XEN_DMOP_modified_memory"):
+        resumption.check()
+    resumption.close()
+
+
 # ---- Section: tables ----
 
 
@@ -41,8 +167,8 @@ def test_what_xen_tells_of_each_kind_of_port(xen: Any) -> None:
         5: (5, 1, 0, 0),
     }
     xen.domains[DOMID].grant_frames = 4
-    tables = Tables(DOMID, xen)
-    assert tables.read() == (
+    tables = tables_of(xen)
+    assert tables.read_tables() == (
         [
             EventChannel(1, 2, 0, 0x7FF1),
             EventChannel(2, 1, 1, 9),
@@ -61,9 +187,9 @@ def test_a_table_with_closed_ports_in_it_is_read_to_its_end(xen: Any, bound: int
     guest = xen.domains[DOMID]
     closed = {31, 63, 64, 128} - {bound}
     guest.ports = {port: (5, 0, 0, 0) for port in range(1, bound + 1) if port not in closed}
-    tables = Tables(DOMID, xen)
+    tables = tables_of(xen)
     for _ in range(2):
-        events, frames = tables.read()
+        events, frames = tables.read_tables()
         assert [event.port for event in events] == sorted(guest.ports)
         assert frames == 1
     tables.close()
@@ -72,8 +198,8 @@ def test_a_table_with_closed_ports_in_it_is_read_to_its_end(xen: Any, bound: int
 
 def test_each_read_is_one_multicall(xen: Any) -> None:
     xen.domains[DOMID].ports = dict.fromkeys(range(1, 40), (5, 0, 0, 0))
-    tables = Tables(DOMID, xen)
-    tables.read()
+    tables = tables_of(xen)
+    tables.read_tables()
     assert xen.calls.count("xencall2") == 1
     tables.close()
 
@@ -81,42 +207,42 @@ def test_each_read_is_one_multicall(xen: Any) -> None:
 def test_a_port_that_changed_is_seen_and_an_unchanged_table_is_the_same_object(xen: Any) -> None:
     guest = xen.domains[DOMID]
     guest.ports = {1: (1, 0, 0, 0)}
-    tables = Tables(DOMID, xen)
-    first, _ = tables.read()
-    assert tables.read()[0] is first
+    tables = tables_of(xen)
+    first, _ = tables.read_tables()
+    assert tables.read_tables()[0] is first
     guest.ports[1] = (1, 1, 0, 0)
-    assert tables.read()[0] == [EventChannel(1, 1, 1, 0)]
+    assert tables.read_tables()[0] == [EventChannel(1, 1, 1, 0)]
     guest.grant_frames = 9
-    assert tables.read()[1] == 9
+    assert tables.read_tables()[1] == 9
     tables.close()
 
 
 def test_more_ports_than_can_be_moved(xen: Any) -> None:
     xen.domains[DOMID].ports = {5000: (5, 0, 0, 0)}
-    tables = Tables(DOMID, xen)
+    tables = tables_of(xen)
     with pytest.raises(HypervisorError, match="EVTCHNOP_status") as caught:
-        tables.read()
+        tables.read_tables()
     assert caught.value.errno == errno.E2BIG
     tables.close()
 
 
 def test_a_port_that_xen_itself_listens_to_is_not_taken_for_a_closed_one(xen: Any) -> None:
     xen.domains[DOMID].ports = {1: (5, 0, 0, 0), 2: (-1, 0, 0, 0)}
-    tables = Tables(DOMID, xen)
+    tables = tables_of(xen)
     with pytest.raises(HypervisorError) as caught:
-        tables.read()
+        tables.read_tables()
     assert (caught.value.call, caught.value.errno) == ("EVTCHNOP_status", errno.EACCES)
     tables.close()
 
 
 def test_a_domain_that_vanished_has_no_tables(xen: Any) -> None:
-    tables = Tables(DOMID, xen)
+    tables = tables_of(xen)
     del xen.domains[DOMID]
     with pytest.raises(HypervisorError):
-        tables.read()
+        tables.read_tables()
     xen.failing["xencall2"] = (0, errno.EFAULT)
     with pytest.raises(HypervisorError) as caught:
-        tables.read()
+        tables.read_tables()
     assert (caught.value.call, caught.value.errno) == ("multicall", errno.EFAULT)
     tables.close()
 
@@ -124,7 +250,7 @@ def test_a_domain_that_vanished_has_no_tables(xen: Any) -> None:
 def test_no_room_for_the_tables(xen: Any) -> None:
     xen.failing["xencall_alloc_buffer_pages"] = (0, errno.ENOMEM)
     with pytest.raises(HypervisorError, match="xencall_alloc_buffer_pages"):
-        Tables(DOMID, xen)
+        tables_of(xen)
 
 
 # ---- Section: mappings ----
@@ -246,7 +372,7 @@ def test_context_goes_in_and_out(xen: Any) -> None:
     assert domain.get_context() == save_file((0, 1))
     xen.domains[DOMID].context = save_file((0,))  # a vCPU went down: fewer records
     assert domain.get_context() == save_file((0,))
-    assert xen.calls.count("xc_domain_hvm_getcontext") == 3
+    assert xen.calls.count("xc_domain_hvm_getcontext") == 4
     domain.set_context(save_file((1,)))
     assert xen.domains[DOMID].context == save_file((1,))
 
@@ -308,12 +434,12 @@ def test_the_host(xen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_memory_that_the_guest_has_is_asked_for_in_the_same_multicall(xen: Any) -> None:
-    tables = Tables(DOMID, xen)
-    tables.read()
+    tables = tables_of(xen)
+    tables.read_tables()
     had = tables.pages
     assert had == len(xen.domains[DOMID].places)
     xen.domains[DOMID].extra_pages = 3
-    tables.read()
+    tables.read_tables()
     assert tables.pages == had + 3
     assert xen.calls.count("xencall2") == 2
     tables.close()

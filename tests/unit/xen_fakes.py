@@ -36,6 +36,7 @@ _SHARED_FIXED = 0x01 | 0x10
 _BUCKET = 64  # event channels come in buckets: every port of one is valid, most of them closed
 _STATUS = struct.Struct("<HxxIIII4x")
 _MULTICALL = struct.Struct("<Qq6Q")
+_DOMCTL = struct.Struct("<IIH6xI4xQ")
 
 
 def memory_at(address: int, size: int) -> memoryview:
@@ -131,7 +132,7 @@ class FakeXen:
         self.buffers: dict[int, Any] = {}
         self.khz = 2_000_000
         self.free_pages = 1 << 20
-        self.release = SimpleNamespace(name="4.17")
+        self.release = SimpleNamespace(name="4.17", domctl=0x15)
         self.xch = self.fmemh = self.callh = self.modelh = ffi.NULL
         self.xc = self.guest = self.fmem = self.call = self.model = self
         self.libc = _libc
@@ -399,9 +400,45 @@ class FakeXen:
             raw = memory_at(entries + index * _MULTICALL.size, _MULTICALL.size)
             op, _result, command, pointer, *_rest = _MULTICALL.unpack(raw)
             calls = {32: self._event_op, 20: self._grant_op, 12: self._memory_op}
-            result = calls[op](command, pointer)
+            if op == 36:
+                result = self._domctl(command)
+            elif op == 41:
+                result = self._dm_op(command, pointer, _rest[0])
+            else:
+                result = calls[op](command, pointer)
             struct.pack_into("<q", raw, 8, result)
         return 0
+
+    def _domctl(self, pointer: int) -> int:
+        """As if the control library had been asked: noted, made to fail and so on by its names."""
+        raw = memory_at(pointer, 144)  # struct xen_domctl, which Xen reads and writes as a whole
+        command, version, domid, size, buffer = _DOMCTL.unpack_from(raw)
+        if version != self.release.domctl:
+            return -errno.EACCES
+        if domid not in self.domains:
+            return -errno.ESRCH
+        if command == 3:
+            result = self.xc_domain_pause(ffi.NULL, domid)
+        elif command == 4:
+            result = self.xc_domain_unpause(ffi.NULL, domid)
+        else:
+            assert command == 33
+            target = ffi.cast("uint8_t *", buffer)
+            result = self.xc_domain_hvm_getcontext(ffi.NULL, domid, target, size)
+            if result >= 0:
+                struct.pack_into("<I", raw, 16, result)
+        return -ffi.errno if result < 0 else 0
+
+    def _dm_op(self, domid: int, count: int, pointer: int) -> int:
+        assert count == 2
+        where, size, extents, length = struct.unpack("<4Q", memory_at(pointer, 32))
+        assert (size, length) == (72, 16)  # struct xen_dm_op and one extent
+        operation, extent_count, opaque = struct.unpack_from("<I4xII", memory_at(where, size))
+        assert (operation, extent_count, opaque) == (11, 1, 0)
+        pages, padding, first = struct.unpack("<IIQ", memory_at(extents, length))
+        assert padding == 0
+        result = self.xendevicemodel_modified_memory(ffi.NULL, domid, first, pages)
+        return -ffi.errno if result < 0 else 0
 
     def _memory_op(self, command: int, pointer: int) -> int:
         assert command == 3

@@ -12,7 +12,7 @@ import pytest
 from checkpoint.driver import PAGE_SIZE, Description, Staging
 from checkpoint.errors import NotQuiescent
 from checkpoint.guest.linux import read_layout
-from checkpoint.xen import dirty, mapping, source, tables, toolstack
+from checkpoint.xen import dirty, mapping, moment, source, toolstack
 from checkpoint.xen.control import Domain
 from checkpoint.xen.rings import Kind
 from checkpoint.xen.source import XenSource
@@ -72,7 +72,7 @@ class Rig:
         for slot in range(256):
             self.slot(RX, slot, 8 + slot % 100)
         self.destroyed: list[int] = []
-        for module in (dirty, mapping, tables):
+        for module in (dirty, mapping, moment):
             monkeypatch.setattr(module, "libraries", lambda: self.xen)
         monkeypatch.setattr(source, "Store", self.store.connect)
         monkeypatch.setattr(toolstack, "destroy", self.destroyed.append)
@@ -85,7 +85,7 @@ class Rig:
             self.domain, description, [], [], self.layout, [STORE_GFN, CONSOLE_GFN]
         )
         self.staging = Staging(256)
-        self.closed = 0
+        self.closed = self.waits = 0
 
     def indices(self, gfn: int, requests: int, responses: int) -> None:
         """Set a ring's producer indices."""
@@ -107,23 +107,25 @@ class Rig:
         self.guest.page(STORE_GFN)[2048:2064] = struct.pack("<4I", *indices)
 
     def close_output(self) -> None:
-        """What a capture calls."""
-        assert self.guest.pauses == 1
+        """What a capture calls before the pause, or in it where the guest has to wait anyhow."""
+        assert self.guest.pauses == self.waits
         self.xen.calls.append("close_output")
         self.closed += 1
 
     def capture(self, then: Callable[[], None] | None = None, **how: bool) -> MachineState:
         """One capture; the state that it took.
 
-        :param then: done when the output is closed
+        :param then: done when the disks' writes are closed
         """
+        self.waits = int(bool(how.get("leave_paused")) or self.guest.pauses > 0)
 
-        def close() -> None:
-            self.close_output()
+        def close_writes() -> None:
+            assert self.guest.pauses == 1
+            self.xen.calls.append("close_writes")
             if then is not None:
                 then()
 
-        self.source.capture(self.staging, close, **how)
+        self.source.capture(self.staging, self.close_output, close_writes, **how)
         return MachineState.from_bytes(self.staging.state)
 
     def refused(self, reason: str) -> None:
