@@ -117,6 +117,7 @@ class Captured:
     """Figures of one capture.
 
     :ivar pages: pages copied
+    :ivar at_ns: ``time.monotonic_ns()`` when the guest was paused
     :ivar pause_ns: time from the pause call until the unpause call is made, nanoseconds; the return
         of that call would tell when Dom0 got its processor back, not when the guest did
     :ivar settle_ns: the part of it until backends had answered
@@ -126,6 +127,7 @@ class Captured:
     """
 
     pages: int
+    at_ns: int
     pause_ns: int
     settle_ns: int
     close_ns: int

@@ -273,8 +273,9 @@ class MemorySource:
                 reach("unpaused")
         ended = time.monotonic_ns()
         return Captured(
-            staging.count, ended - closed, settled - closed, closed - started, ended - settled
-        )
+            staging.count, closed, ended - closed, settled - closed, closed - started,
+            ended - settled,
+        )  # fmt: skip
 
     def pause(self) -> None:
         """Stop the guest."""

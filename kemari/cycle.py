@@ -103,7 +103,7 @@ class Cycle:
         self._loop = asyncio.get_running_loop()
         self._staging = Staging(min(STAGING_PAGES, source.description.pages))
         self._pages_before = source.description.pages
-        self._captured_ns = self._release_ns = 0
+        self._begun_ns = self._captured_ns = self._release_ns = 0
         #: Boot times: of the capture, and when the standby surely had not taken over.
         self._captured_boot_ns = self._trusted_ns = 0
         self._stages: tuple[int, ...] = ()
@@ -265,7 +265,7 @@ class Cycle:
         self._captured(number, outcome)
 
     def _capture_now(self, keep_paused: bool) -> Captured | Exception:
-        self._captured_ns, self._captured_boot_ns = time.monotonic_ns(), boot_ns()
+        self._begun_ns, self._captured_boot_ns = time.monotonic_ns(), boot_ns()
         reach("capture")
         try:
             # Disks at each attempt: what was answered since the last one is in the epoch as well.
@@ -303,7 +303,8 @@ class Cycle:
                 keeper.statistics.pages.add(outcome.pages)
                 keeper.statistics.pause_ms.add(outcome.pause_ns / 1e6)
                 measured = (outcome.settle_ns, outcome.close_ns, outcome.copy_ns)
-                whole = time.monotonic_ns() - self._captured_ns
+                self._captured_ns = outcome.at_ns
+                whole = time.monotonic_ns() - self._begun_ns
                 self._stages = (whole - sum(measured), *measured)
                 keeper.do(keeper.machine.captured_epoch(number))
             case NotQuiescent():
@@ -391,7 +392,7 @@ class Cycle:
 
     def _acked(self, number: int, encode_ns: int, sent: Sent) -> None:
         """The standby holds epoch ``number``: its output leaves first of all."""
-        commit_ms = (time.monotonic_ns() - self._captured_ns) / 1e6
+        commit_ms = (time.monotonic_ns() - self._begun_ns) / 1e6
         self._ack_timer.clear()
         self._at_rest.set()
         if commit_ms < self._sender.link.peer.heartbeat * 1000:

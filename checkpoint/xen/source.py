@@ -254,11 +254,11 @@ class XenSource:
         self._refresh()
         staging.clear()
         waits = leave_paused or self._paused
-        closing = time.perf_counter_ns()
+        closing = time.monotonic_ns()
         if not waits:
             # What the guest sends from here to the pause is in the next epoch: late, never early.
             close_output()
-        begun = closed = time.perf_counter_ns()
+        begun = closed = time.monotonic_ns()
         reach("pause")
         collecting = gc.isenabled()
         gc.disable()  # a collection of garbage may take longer than all that follows
@@ -273,15 +273,15 @@ class XenSource:
                 raise NotQuiescent("the guest's part of xenstore has just changed")
             self._await_backends()
             close_writes()
-            settled = time.perf_counter_ns()
+            settled = time.monotonic_ns()
             if waits:
                 close_output()
-                closing, closed = settled, time.perf_counter_ns()
+                closing, closed = settled, time.monotonic_ns()
             events, grants = self._copy_shared(staging)
             reach("rings-copied")
             self._copy_dirty(staging)
             reach("pages-copied")
-            pause_ns = time.perf_counter_ns() - begun
+            pause_ns = time.monotonic_ns() - begun
             self._let_go(leave_paused)
             staging.state = self._encoder.encode(
                 MachineState(
@@ -302,7 +302,7 @@ class XenSource:
                 gc.enable()
         close_ns = closed - closing
         copy_ns = pause_ns - (settled - begun) - (close_ns if waits else 0)
-        return Captured(staging.count, pause_ns, settled - begun, close_ns, copy_ns)
+        return Captured(staging.count, begun, pause_ns, settled - begun, close_ns, copy_ns)
 
     def _let_go(self, leave_paused: bool) -> None:
         """Put the mark into the log, and then let the guest run, if it shall."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 
 import pytest
 
@@ -117,6 +118,21 @@ def test_what_backends_write_until_the_output_is_closed_is_in_the_copy(rig: Rig)
 
     rig.capture(answered)
     assert rig.copies()[RX][64 + 8 * 200 :][:8] == b"in time!"
+
+
+@pytest.mark.parametrize("leave_paused", [False, True])
+def test_a_capture_is_of_the_moment_of_the_pause(rig: Rig, leave_paused: bool) -> None:
+    output, writes = [], []
+    captured = rig.source.capture(
+        rig.staging,
+        lambda: output.append(time.monotonic_ns()),
+        lambda: writes.append(time.monotonic_ns()),
+        leave_paused=leave_paused,
+    )
+    assert captured.at_ns <= writes[0] <= captured.at_ns + captured.settle_ns
+    assert (output[0] <= captured.at_ns) is not leave_paused
+    in_pause = captured.close_ns if leave_paused else 0
+    assert captured.settle_ns + in_pause + captured.copy_ns == captured.pause_ns
 
 
 @pytest.mark.parametrize("leave_paused", [False, True])
