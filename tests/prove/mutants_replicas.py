@@ -49,7 +49,11 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
     _mutant(
         "disk-closed-after-unpause",
         "an epoch ends for the disks while the guest is paused",
-        Edit(_CYCLE, "        self._disks.close_epoch()\n", "        self._disks.pending()\n"),
+        Edit(
+            _CYCLE,
+            "                self._disks.close_epoch,\n",
+            "                lambda: None,\n",
+        ),
         Edit(
             _CYCLE,
             "        self._keeper.do(self._keeper.machine.sent_epoch(number))\n",
