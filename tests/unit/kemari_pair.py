@@ -85,6 +85,17 @@ class Loop:
             self.loop.call_soon(self.loop.stop)
             self.loop.run_forever()
         _FROZEN.append(asyncio.all_tasks(self.loop))
+        # A frozen daemon is never collected: its descriptors would stay open for all tests to come.
+        for transport in list(_transports(self.loop)):
+            transport.abort()
+        for key in list(self.loop._selector.get_map().values()):  # type: ignore[attr-defined]
+            for handle in filter(None, key.data):
+                for listening in handle._args:
+                    if isinstance(listening, socket.socket):
+                        listening.close()
+        self.loop.call_soon(self.loop.stop)
+        self.loop.run_forever()
+        self.loop.close()
 
 
 @dataclass
