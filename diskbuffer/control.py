@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diskbuffer.errors import ServerError, ServerGone
+from diskbuffer.status import Flag
 
 ANSWER_SECONDS = 60.0
 """An answer may wait for the disk, e.g. for a flush of the bitmap."""
 
 _LINE = 4096
+_VERSION = 1
+"""Of the table of commands, see docs/disk.md."""
 
 
 class Control:
@@ -89,6 +92,16 @@ class Control:
         if word != "ok":
             raise ServerError(f"The disk's server refused {command.split()[0]!r}: {rest}")
         return [int(number) for number in rest.split()]
+
+    async def hello(self) -> tuple[int, Flag]:
+        """Size of the disk, bytes, and facts about it.
+
+        :raise ServerError: it is gone, or of another version
+        """
+        version, size, flags = await self.ask("hello")
+        if version != _VERSION:
+            raise ServerError(f"The disk's server speaks version {version}, expected {_VERSION}")
+        return size, Flag(flags)
 
     async def close(self) -> None:
         """Close the connection (idempotent)."""

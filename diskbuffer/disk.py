@@ -26,7 +26,7 @@ from diskbuffer.bitmap import Bitmap, Run
 from diskbuffer.control import Control
 from diskbuffer.errors import BitmapError, DiskError, MetadataError, ServerError, StreamLost
 from diskbuffer.metadata import Fitness, Metadata, Role
-from diskbuffer.status import Figures, StatusPage
+from diskbuffer.status import Figures, Flag, StatusPage
 
 BATCH_BYTES: Final = 2 << 20
 """Records are read in batches of about so many bytes; at most this and one record more."""
@@ -93,15 +93,15 @@ class DiskBuffer:
         try:
             self._page = await asyncio.to_thread(StatusPage, self.folder / "status")
             self._control = await Control.connect(self.folder / "control", self._heard)
-            version, self.size, _flags = await self._control.ask("hello")
-            if version != 1:
-                raise ServerError(f"The disk's server speaks version {version}, expected 1")
+            self.size, flags = await self._control.hello()
             if self.figures().limit > stream.QUEUE_BYTES:
                 raise ServerError(
                     f"The disk's server has a queue of {self.figures().limit} bytes, expected at "
                     f"most {stream.QUEUE_BYTES}: more may be in one epoch than a replica takes"
                 )
             self._bitmap = await asyncio.to_thread(self._believable)
+            if self._bitmap is not None and not flags & Flag.TRACKING:
+                self._bitmap, self._why = None, "The disk's server did not mark what changed"
         except BaseException:
             await self.teardown()
             raise

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diskbuffer.control import Control
 from diskbuffer.errors import DiskError, ServerError
+from diskbuffer.status import Flag
 from kemari.targets import servers
 
 
@@ -28,13 +29,21 @@ class DiskServers:
         self._controls: dict[Path, Control] = {}
         self._ended: Path | None = None
 
-    async def attach(self, targets: Iterable[Path]) -> None:
+    async def attach(self, targets: Iterable[tuple[Path, bool]]) -> None:
         """Find them, and hear of their ends from now on.
 
-        :raise ServerError: a target has none
+        :param targets: each with whether it is a shared one
+        :raise ServerError: a target has none, or one that would not keep a replica as it is
         """
-        for target in targets:
-            self._controls[target] = await self._find(target)
+        for target, shared in targets:
+            control = self._controls[target] = await self._find(target)
+            _size, flags = await control.hello()
+            # One that takes changes already would mark none of them after a takeover.
+            if not flags & Flag.REPLICA or bool(flags & Flag.SHARED) != shared:
+                raise ServerError(
+                    f"The server of {target} on the standby does not serve it as a "
+                    f"{'shared ' if shared else ''}replica (flags {flags:d})"
+                )
 
     async def _find(self, target: Path) -> Control:
         why: DiskError = ServerError(f"{target} is not served by block-kemari on the standby")

@@ -139,7 +139,10 @@ class StandbyDisks:
         :raise CheckpointError: one is not
         """
         try:
-            await self._servers.attach(replica.target for replica in self._replicas.values())
+            await self._servers.attach(
+                (replica.target, isinstance(replica, SharedReplica))
+                for replica in self._replicas.values()
+            )
         except DiskError as error:
             raise CheckpointError(str(error)) from error
 

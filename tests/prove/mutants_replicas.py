@@ -113,6 +113,26 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         ),
     ),
     _mutant(
+        "disk-served-as-no-replica",
+        "a protection does not begin with a server that would mark nothing after a takeover",
+        Edit(
+            "kemari/diskservers.py",
+            "            if not flags & Flag.REPLICA or bool(flags & Flag.SHARED) != shared:\n",
+            "            if bool(flags & Flag.SHARED) != shared:\n",
+        ),
+        tests=("tests/unit/test_kemari_disks.py",),
+    ),
+    _mutant(
+        "disk-bitmap-believed-unkept",
+        "a bitmap is believed only if the server has marked what changed",
+        Edit(
+            "diskbuffer/disk.py",
+            "            if self._bitmap is not None and not flags & Flag.TRACKING:\n",
+            "            if self._bitmap is not None and flags < 0:\n",
+        ),
+        tests=("tests/unit/test_kemari_disks.py",),
+    ),
+    _mutant(
         "disk-taken-over-without-bitmap",
         "an empty bitmap is on disk before the guest runs",
         Edit(_REPLICA, '        fresh.save(self._state / "bitmap")\n', "        fresh.count()\n"),

@@ -57,8 +57,8 @@ class Side:
         assert role is not metadata.Role.HELD, "block-kemari would not serve it"
         if self.shared:
             config["shared"] = "true"
-        replica = role is metadata.Role.REPLICA
-        self.client = self.server.start(replica=str(replica).lower(), **config)
+        config.setdefault("replica", str(role is metadata.Role.REPLICA).lower())
+        self.client = self.server.start(**config)
 
     def reached(self, point: str) -> None:
         if point == "create_shell":

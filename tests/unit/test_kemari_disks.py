@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
@@ -133,6 +134,47 @@ def test_after_a_lost_link_only_what_changed_is_copied(folder: Path) -> None:
         pair.protect()
         (copied,) = pair.a.status("web")["progress"]["disks"]
         assert 0 < copied["total"] < SIZE // 4
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+        pair.check_revival("b")
+
+
+def test_a_server_that_is_no_replica_is_no_standby(
+    pair: DiskPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = pair.sides["b"]
+    monkeypatch.setattr(side, "serve", functools.partial(side.serve, replica="false"))
+    with pytest.raises(KemariError, match=r"standby does not serve it as a replica \(flags "):
+        pair.protect()
+    monkeypatch.undo()
+    pair.protect()
+    pair.talk(3)
+    pair.a.power_cut()
+    pair.talk(3)
+    pair.check_revival("b")
+
+
+def test_a_bitmap_that_no_server_kept_is_not_believed(folder: Path) -> None:
+    pair = DiskPair(folder, resume=False)
+    side = pair.sides["a"]
+    side.serve(clean=0.05)
+    with pair:
+        pair.protect()
+        pair.talk(3)
+        server = side.server
+        await_true(lambda: server.figures().dirty < 5, "what both have is not marked any more")
+        pair.a.request("stop", domain="web")
+        side.stop()
+        kept = server.bitmap.read_bytes()
+        server.bitmap.unlink()
+        side.serve()
+        server.bitmap.write_bytes(kept)
+        pair.talk(3)
+        pair.protect()
+        (copied,) = pair.a.status("web")["progress"]["disks"]
+        assert copied["total"] == SIZE
         pair.talk(3)
         pair.a.power_cut()
         pair.talk(3)
