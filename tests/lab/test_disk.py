@@ -20,7 +20,10 @@ from vagrant.lablib.lab import Lab
 
 CUTS = max(2, int(os.environ.get("KEMARI_LAB_CUTS", "2")))
 #: Acknowledged appends on each connection that show that it works.
-SOME = 25
+SOME = 10
+#: Greatest pause of a connection between two writes: a saturated guest leaves the emulated hosts no
+#: time to boot in.
+PAUSE_MS = 400
 DISK_MIB = 32
 
 
@@ -41,7 +44,8 @@ def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World
 
 def test_power_cuts_under_databases(world: World) -> None:
     world.protected()
-    with databases.clients(world.lab, world.lab.state / "out") as clients:
+    out = world.lab.state / "out"
+    with databases.clients(world.lab, out, pause_ms=PAUSE_MS) as clients:
         for _ in range(CUTS):
             pair = world.protected()
             clients.wait_done(SOME)

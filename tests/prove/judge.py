@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -51,6 +52,9 @@ _KNOCKS: Final = (
     "pages-copied",
     "released",
 )
+
+_TEST_PATIENCE: Final = "15"
+"""Seconds: many a broken rule shows in that something never comes."""
 
 
 @dataclass(slots=True)
@@ -145,7 +149,8 @@ def judge(
 def _failed_test(tests: Sequence[str]) -> str:
     """The first test that fails; "" if none does."""
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    environment = os.environ | {"KEMARI_TEST_PATIENCE": _TEST_PATIENCE}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return ""
     if done.returncode != 1:

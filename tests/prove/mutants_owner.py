@@ -138,9 +138,9 @@ OWNER: Final[tuple[Mutant, ...]] = (
             ),
         ),
         (
+            "tests/unit/test_prove_rules.py",
             "tests/unit/test_kemari_daemon.py",
             "tests/unit/test_kemari_guest.py",
-            "tests/unit/test_prove_rules.py",
         ),
     ),
     Mutant(

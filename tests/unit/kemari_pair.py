@@ -29,9 +29,7 @@ from kemari.control import request
 from kemari.daemon import Daemon
 from kemari.errors import NoSuchProtection
 from kemari.memory import MemoryNetwork, Switch
-
-#: Generous: a loaded machine must not fail a test.
-PATIENCE = 60.0
+from tests.unit.patience import PATIENCE
 
 #: Frozen daemons: their coroutines must not be collected, which would run their clean-up.
 _FROZEN: list[Any] = []

@@ -12,7 +12,8 @@ from typing import Any
 from checkpoint.link import Link, LinkOptions
 from checkpoint.network import listen
 from checkpoint.wire import FrameType, Parser, encode_frame, encode_json
-from tests.unit.session_ends import PATIENCE, hello
+from tests.unit.patience import PATIENCE
+from tests.unit.session_ends import hello
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

@@ -19,9 +19,9 @@ from checkpoint.hello import Hello
 from checkpoint.link import Link, LinkOptions
 from checkpoint.network import Listener, connect, listen
 from checkpoint.session import Committed, Outcome, Receiver, Sender, Sent
+from tests.unit.patience import PATIENCE
 
 PAGES = 100
-PATIENCE = 30.0
 
 
 class BytesShell:

@@ -13,7 +13,8 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.lifeline import MAX_ANSWERING, Lifeline, Owner
 from checkpoint.link import LinkError, PeerClosed, PeerRefused, PeerSilent
 from checkpoint.wire import FrameType
-from tests.unit.session_ends import PATIENCE, links
+from tests.unit.patience import PATIENCE
+from tests.unit.session_ends import links
 
 GUEST = "11111111-2222-3333-4444-555555555555"
 

@@ -14,6 +14,7 @@ from checkpoint.link import PeerRefused
 from checkpoint.sender import Writes
 from checkpoint.session import Committed, Outcome, StateError
 from checkpoint.wire import FrameType, pack_applied, pack_issued, pack_writes
+from tests.unit.patience import PATIENCE
 from tests.unit.session_ends import Guest, Pair, pair
 
 RECORDS = bytes(range(32))
@@ -22,7 +23,7 @@ LARGE = bytes(3 << 20)
 
 def run(scenario: Callable[[Pair, Guest], Awaitable[None]]) -> None:
     async def body() -> None:
-        async with pair() as ends, asyncio.timeout(30):
+        async with pair() as ends, asyncio.timeout(PATIENCE):
             await scenario(ends, Guest())
 
     asyncio.run(body(), debug=True)
