@@ -34,6 +34,7 @@ static struct bitmap {
     uint8_t *touched;   // written or copied since the cleaning cycle began
     uint8_t *todo;      // not yet copied to the standby in this session
     uint64_t last_end;  // where the last write ended: sequential writes mark ahead
+    bool torn;          // a write failed: the file may lack bits that are set here
     bool cycle;
     uint64_t cycle_position;
     double cycle_began;
@@ -141,7 +142,8 @@ static int bitmap_invalidate(void)
     if (!good) {
         char *folder = strdup(disk.bitmap_path);
         char *slash = folder ? strrchr(folder, '/') : NULL;
-        if (slash && unlink(disk.bitmap_path) == 0) {
+        // One that is gone already may be gone from memory only.
+        if (slash && (unlink(disk.bitmap_path) == 0 || errno == ENOENT)) {
             *slash = 0;
             int fd = open(*folder ? folder : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
             good = fd >= 0 && fsync(fd) == 0;
@@ -161,6 +163,19 @@ static int bitmap_write(uint64_t first, uint64_t last)
     return write_all(bitmap.fd, bitmap.dirty + from, to - from, BITMAP_HEADER + from);
 }
 
+// Have chunks first to last on stable storage as they are here, or, after a failure, all of them:
+// which ones the file lacks is unknown then.  0, or -1 with errno.
+static int bitmap_save(uint64_t first, uint64_t last)
+{
+    if (bitmap.torn)
+        first = 0, last = bitmap.chunks - 1;
+    bitmap.torn = true;
+    if (bitmap_write(first, last) < 0 || fdatasync(bitmap.fd) < 0)
+        return -1;
+    bitmap.torn = false;
+    return 0;
+}
+
 enum marked { MARKED, UNTRACKED, REFUSED };
 
 // Mark a range before it is written.  With the lock held.  UNTRACKED: the bitmap is lost, and
@@ -177,7 +192,8 @@ static enum marked bitmap_mark(uint64_t offset, uint64_t length)
     }
     bool sequential = offset == bitmap.last_end;
     bitmap.last_end = offset + length;
-    if (!fresh)
+    // What is set here only because the write of it failed is no mark yet.
+    if (!fresh && !bitmap.torn)
         return MARKED;
     if (sequential) {
         last += AHEAD >> bitmap.shift;
@@ -191,7 +207,7 @@ static enum marked bitmap_mark(uint64_t offset, uint64_t length)
             added++;
         }
     count(&disk.status->dirty, added);
-    if (bitmap_write(first, last) == 0 && fdatasync(bitmap.fd) == 0)
+    if (bitmap_save(first, last) == 0)
         return MARKED;
     return bitmap_invalidate() == 0 ? UNTRACKED : REFUSED;
 }

@@ -107,6 +107,7 @@ static void do_merge(struct client *client, char *words)
     pthread_mutex_lock(&disk.lock);
     const char *wrong = bitmap.fd < 0 ? "no bitmap is loaded" : NULL;
     char *rest = NULL;
+    uint64_t low = UINT64_MAX, high = 0;
     for (char *word = strtok_r(words, " ", &rest); word && !wrong;
          word = strtok_r(NULL, " ", &rest)) {
         uint64_t first, length;
@@ -126,10 +127,11 @@ static void do_merge(struct client *client, char *words)
             }
         }
         count(&disk.status->dirty, added);
-        if (bitmap_write(first, first + length - 1) < 0)
-            wrong = "the bitmap cannot be written";
+        low = first < low ? first : low;
+        high = first + length - 1 > high ? first + length - 1 : high;
     }
-    if (!wrong && fdatasync(bitmap.fd) < 0)
+    // Also of a line that is refused further on: what is set has to be durable.
+    if (low <= high && bitmap_save(low, high) < 0)
         wrong = "the bitmap cannot be written";
     pthread_mutex_unlock(&disk.lock);
     if (wrong)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk's server whose files fail: what the guest is told, and what is believed later."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from diskbuffer import bitmap
+from diskbuffer.bitmap import Bitmap
+from diskbuffer.control import Control
+from diskbuffer.errors import ServerError
+from tests.unit.disk_client import NbdClient
+from tests.unit.disk_pair import CHUNK, PRIMARY, SIZE, do, run
+from tests.unit.disk_server import DiskServer
+
+SOURCE = Path(__file__).with_name("disk_faults.c")
+#: What fails of the bitmap when its folder has become read-only.
+READ_ONLY = ("pwrite:bitmap", "fdatasync:bitmap", "unlink:bitmap")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, SOURCE, "-ldl"], check=True)
+    return library
+
+
+class Failing:
+    """A disk's server, and what is to fail in it.
+
+    :ivar server: it
+    """
+
+    def __init__(self, folder: Path, library: Path, patch: pytest.MonkeyPatch) -> None:
+        self.server = DiskServer(folder / "primary", SIZE)
+        self._faults = folder / "faults"
+        self._faults.mkdir()
+        self._library = library
+        self._patch = patch
+
+    def start(self, **config: object) -> NbdClient:
+        """Serve, and connect."""
+        with self._patch.context() as patch:
+            patch.setenv("LD_PRELOAD", str(self._library))
+            patch.setenv("KEMARI_FAULTS", str(self._faults))
+            return self.server.start(**config)
+
+    def fail(self, error: int, *faults: str) -> None:
+        """From now on calls fail; see ``disk_faults.c``."""
+        for fault in faults:
+            made = self._faults / "made"
+            made.write_text(str(error))
+            made.rename(self._faults / fault)
+
+    def mend(self, *faults: str) -> None:
+        """They fail no more."""
+        for fault in faults:
+            (self._faults / fault).unlink()
+
+    def marks(self) -> list[tuple[int, int]]:
+        """The runs of marked chunks in the file, which is believed."""
+        marks = bitmap.load(self.server.bitmap, SIZE)
+        assert marks is not None
+        return marks.runs()
+
+
+@pytest.fixture
+def failing(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Failing]:
+    failing = Failing(tmp_path, library, monkeypatch)
+    yield failing
+    failing.server.stop(signal.SIGKILL)
+
+
+def refuses(call: Callable[..., object], *arguments: object) -> None:
+    """The guest is told of an error."""
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        call(*arguments)
+
+
+# ---- The bitmap ----
+
+
+def test_a_change_that_cannot_be_marked_is_refused_however_often_it_is_tried(
+    failing: Failing,
+) -> None:
+    Bitmap(SIZE, str(uuid.uuid4()), PRIMARY).save(failing.server.bitmap)
+    client = failing.start()
+    failing.fail(errno.EROFS, *READ_ONLY)
+    # The disk's first write is a sequential one: it marks 1 MiB ahead.
+    for chunk in (0, 0, 1, 40):
+        refuses(client.write, chunk * CHUNK, b"x" * 512)
+    assert failing.server.target.read_bytes() == bytes(SIZE)
+    assert failing.marks() == []
+    failing.mend(*READ_ONLY)
+    client.write(0, b"x" * 512)
+    client.close()
+    assert failing.marks() == [(0, 17), (40, 1)]
+
+
+def test_marks_of_a_merge_that_could_not_be_written_let_no_change_through(failing: Failing) -> None:
+    Bitmap(SIZE, str(uuid.uuid4()), PRIMARY).save(failing.server.bitmap)
+
+    async def body() -> None:
+        client = await asyncio.to_thread(failing.start)
+        control = await Control.connect(failing.server.folder / "control", lambda line: None)
+        failing.fail(errno.EIO, *READ_ONLY)
+        with pytest.raises(ServerError, match="cannot be written"):
+            await control.ask("merge 3+2")
+        await asyncio.to_thread(refuses, client.write, 3 * CHUNK, b"x" * 512)
+        failing.mend(*READ_ONLY)
+        await do(client.write, 3 * CHUNK, b"x" * 512)
+        await control.close()
+        client.close()
+
+    run(body)
+    assert failing.marks() == [(3, 2)]
