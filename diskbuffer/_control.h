@@ -284,7 +284,10 @@ static void clean(void)
     pthread_mutex_unlock(&disk.lock);
     if (!due)
         return;
-    int flushed = flush_target();
+    int flushed = flush_target(disk.clean_fd);
+    if (flushed < 0)
+        nbdkit_error("%s could not be flushed (%s): its marks are kept", disk.target,
+                     strerror(errno));
     pthread_mutex_lock(&disk.lock);
     if (flushed == 0 && !disk.sync_failed && streaming() && session == stream.session &&
         bitmap.fd >= 0) {

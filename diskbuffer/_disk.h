@@ -48,6 +48,10 @@ struct status {
 
 static struct disk {
     int fd;
+    // The same target opened once more, for the flush before marks are cleared: the kernel tells each
+    // open file of a failed write-back once (errseq_t), and what is told to this one is not kept from
+    // the guest.  -1 where no marks are kept.
+    int clean_fd;
     uint64_t size;
     bool readonly;
     bool stopping;
@@ -57,9 +61,9 @@ static struct disk {
     pthread_mutex_t lock;
     pthread_cond_t room, data, sync;  // the queue shrank; it grew; there is something to copy
     // A write that the kernel could not bring to the device is lost without a further word, so
-    // that no bit of the bitmap may be cleared any more.
+    // that no bit of the bitmap may be cleared any more.  Changed under the lock.
     bool sync_failed;
-} disk = {.fd = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
+} disk = {.fd = -1, .clean_fd = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
 
 static inline void put(_Atomic uint64_t *field, uint64_t value)
 {
@@ -138,12 +142,15 @@ static inline bool is_zero(const uint8_t *data, size_t length)
     return length == 0 || (data[0] == 0 && memcmp(data, data + 1, length - 1) == 0);
 }
 
-static inline int flush_target(void)
+// Flush by one of the target's descriptors.  Without the lock.  -1 with errno.
+static inline int flush_target(int fd)
 {
-    if (fdatasync(disk.fd) == 0)
+    if (fdatasync(fd) == 0)
         return 0;
     int saved = errno;
+    pthread_mutex_lock(&disk.lock);
     disk.sync_failed = true;
+    pthread_mutex_unlock(&disk.lock);
     errno = saved;
     return -1;
 }

@@ -85,7 +85,7 @@ static int hold_flush(void)
     if (held)
         append(&record, NULL);
     pthread_mutex_unlock(&disk.lock);
-    return held ? 0 : flush_target();
+    return held ? 0 : flush_target(disk.fd);
 }
 
 // Lay what is held over what was read.  With the lock held.
@@ -171,7 +171,7 @@ static void issue_step(uint8_t *payload, bool ready)
     int failed = issue_one(&held, payload);
     bool flushed = failed == 0 && flushing;
     if (flushed)
-        failed = flush_target();
+        failed = flush_target(disk.fd);
     int error = errno;
     pthread_mutex_lock(&disk.lock);
     hold.issuing = false;

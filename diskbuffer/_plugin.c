@@ -192,7 +192,7 @@ static void disk_cleanup(void)
     pthread_mutex_unlock(&disk.lock);
     while (plugin.running > 0)
         pthread_join(plugin.threads[--plugin.running], NULL);
-    if (!disk.readonly && flush_target() < 0)
+    if (!disk.readonly && flush_target(disk.fd) < 0)
         nbdkit_error("%s could not be flushed: %s", disk.target, strerror(errno));
 }
 
@@ -394,7 +394,7 @@ static int disk_trim(void *handle, uint32_t length, uint64_t offset, uint32_t fl
 static int disk_flush(void *handle, uint32_t flags)
 {
     (void)handle, (void)flags;
-    if ((hold.shared ? hold_flush() : flush_target()) < 0) {
+    if ((hold.shared ? hold_flush() : flush_target(disk.fd)) < 0) {
         int error = errno;
         count(&disk.status->errors, 1);
         nbdkit_error("%s: flushing: %s", disk.target, strerror(error));

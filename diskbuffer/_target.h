@@ -28,6 +28,14 @@ static bool target_lock(int fd, short type)
     return fcntl(fd, F_OFD_SETLK, &lock) == 0;
 }
 
+// What `fd` is of, opened for flushing; -1 with errno.
+static int open_again(int fd)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, O_RDONLY | O_CLOEXEC);
+}
+
 // One server for a target: an exclusive open of a block device also keeps mounts away, a lock on
 // a file only other servers.  Both end with the process.  NULL, or why not.
 static const char *target_open(bool writing)
@@ -58,6 +66,8 @@ static const char *target_open(bool writing)
     if (hold.shared && (uint64_t)size % direct.align)
         return target_refused(fd, "%s has %lld bytes, expected a multiple of %d", disk.target,
                               (long long)size, (int)direct.align);
+    if (writing && !hold.shared && (disk.clean_fd = open_again(fd)) < 0)
+        return target_refused(fd, "%s: %s", disk.target, strerror(errno));
     uint64_t whole = (uint64_t)size / SECTOR * SECTOR;
     if (disk.fd >= 0 && whole != disk.size)
         return target_refused(fd, "%s has %" PRIu64 " bytes now, expected %" PRIu64, disk.target,

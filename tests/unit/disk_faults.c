@@ -4,7 +4,7 @@
 //
 // fallocate    leaves junk in the range, as a device that gives up half way may
 // writeback    fdatasync fails once for each open file, as it does after the kernel could not
-//              write pages back (errseq_t, lib/errseq.c of Linux)
+//              write pages back (errseq_t, lib/errseq.c of Linux); $KEMARI_FAULTS/told is made then
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -47,6 +47,15 @@ static int fault_of(const char *call, int fd)
     return fault(call, name);
 }
 
+static void note_told(void)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/told", getenv("KEMARI_FAULTS"));
+    FILE *file = fopen(path, "we");
+    if (file)
+        fclose(file);
+}
+
 static int failed(int error)
 {
     errno = error;
@@ -75,6 +84,8 @@ int fdatasync(int fd)
     int error = fault_of("fdatasync", fd), lost = fault_of("writeback", fd);
     bool once = lost && !told[fd % FILES];
     told[fd % FILES] = lost;
+    if (once)
+        note_told();
     return error || once ? failed(error ? error : lost) : real(fd);
 }
 

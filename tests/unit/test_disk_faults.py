@@ -19,7 +19,7 @@ from diskbuffer.bitmap import Bitmap
 from diskbuffer.control import Control
 from diskbuffer.errors import ServerError
 from tests.unit.disk_client import NbdClient
-from tests.unit.disk_pair import CHUNK, PRIMARY, SIZE, do, run
+from tests.unit.disk_pair import CHUNK, PRIMARY, SIZE, do, joined, run, until
 from tests.unit.disk_server import DiskServer
 
 SOURCE = Path(__file__).with_name("disk_faults.c")
@@ -38,12 +38,14 @@ class Failing:
     """A disk's server, and what is to fail in it.
 
     :ivar server: it
+    :ivar told: is there once a flush has failed because of ``writeback``
     """
 
     def __init__(self, folder: Path, library: Path, patch: pytest.MonkeyPatch) -> None:
         self.server = DiskServer(folder / "primary", SIZE)
         self._faults = folder / "faults"
         self._faults.mkdir()
+        self.told = self._faults / "told"
         self._library = library
         self._patch = patch
 
@@ -123,3 +125,25 @@ def test_marks_of_a_merge_that_could_not_be_written_let_no_change_through(failin
 
     run(body)
     assert failing.marks() == [(3, 2)]
+
+
+# ---- The target ----
+
+
+def test_a_write_back_that_failed_is_told_to_the_guest_whoever_flushed_first(
+    failing: Failing, tmp_path: Path
+) -> None:
+    async def body() -> None:
+        client = await asyncio.to_thread(lambda: failing.start(clean=0.02))
+        async with joined(failing.server, tmp_path) as pair:
+            await pair.equalise()
+            await do(client.write, 5 * CHUNK, b"x" * 512)
+            failing.fail(errno.EIO, "writeback:disk.img")
+            await pair.seal()
+            await pair.settle()
+            await until(failing.told.exists)  # by the flush before marks are cleared
+            await asyncio.to_thread(refuses, client.flush)
+            assert failing.marks() == [(5, 1)]
+        client.close()
+
+    run(body)
