@@ -63,7 +63,9 @@ static struct disk {
     // A write that the kernel could not bring to the device is lost without a further word, so
     // that no bit of the bitmap may be cleared any more.  Changed under the lock.
     bool sync_failed;
-} disk = {.fd = -1, .clean_fd = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
+    // Whether the target makes holes, as far as is known.  Changed under the lock.
+    _Atomic bool holes;
+} disk = {.fd = -1, .clean_fd = -1, .holes = true, .lock = PTHREAD_MUTEX_INITIALIZER};
 
 static inline void put(_Atomic uint64_t *field, uint64_t value)
 {

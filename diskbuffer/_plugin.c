@@ -220,11 +220,12 @@ static int yes(void *handle)
     return 1;
 }
 
-// Whether a shared target makes holes would be known only when it is too late to refuse one.
+// Whether a shared target makes holes would be known only when it is too late to refuse one.  One
+// that makes none is not asked to: even that it refuses may change what it reads as.
 static int disk_can_trim(void *handle)
 {
     (void)handle;
-    return !hold.shared;
+    return !hold.shared && disk.holes;
 }
 
 // nbdkit calls flush after a write with FUA, so that its record is in the stream behind the
@@ -284,6 +285,13 @@ static int do_punch(const void *data, uint64_t offset, uint64_t length)
     return fallocate(disk.fd, mode, (off_t)offset, (off_t)length);
 }
 
+// Whether a change failed for being of a kind that the target does not take (as a hole that is not
+// of whole blocks), rather than for trouble with it.
+static bool unsupported(maker *make, int error)
+{
+    return make != do_write && (error == EOPNOTSUPP || error == EINVAL);
+}
+
 // Make one change: mark it, do it, write it down.  -1 with errno: then it is not in the stream,
 // and what the range holds is unknown, so the standby gets that once more.
 static int replicated_change(maker *make, struct record record, const void *payload)
@@ -292,6 +300,10 @@ static int replicated_change(maker *make, struct record record, const void *payl
     pthread_mutex_lock(&disk.lock);
     if (disk.readonly || has_flag(FLAG_REPLICA))
         goto out;
+    if (make == do_punch && !disk.holes) {
+        error = EOPNOTSUPP;
+        goto out;
+    }
     await_room(sizeof record + record.length, stream.limit, true);
     switch (bitmap_mark(record.offset, record.extent)) {
     case REFUSED:
@@ -309,9 +321,15 @@ static int replicated_change(maker *make, struct record record, const void *payl
     error = errno;
     if (result == 0)
         append(&record, payload);
-    else if (error != EOPNOTSUPP) {
-        count(&disk.status->errors, 1);
-        sync_again(record.offset, record.extent);
+    else {
+        if (!unsupported(make, error))
+            count(&disk.status->errors, 1);
+        // A block device drops what the page cache has of a range before it finds that it cannot
+        // make a hole there: older contents come to light (blkdev_fallocate, block/fops.c of Linux).
+        if (!unsupported(make, error) || make == do_punch)
+            sync_again(record.offset, record.extent);
+        if (make == do_punch && error == EOPNOTSUPP)
+            disk.holes = false;
     }
 out:
     pthread_mutex_unlock(&disk.lock);
@@ -329,7 +347,7 @@ static int change(maker *make, struct record record, const void *payload)
     } else
         result = replicated_change(make, record, payload);
     int error = errno;
-    if (result < 0 && error != EOPNOTSUPP)
+    if (result < 0 && !unsupported(make, error))
         nbdkit_error("%s: changing %" PRIu64 " bytes at %" PRIu64 ": %s", disk.target,
                      record.extent, record.offset, strerror(error));
     errno = error;
@@ -362,9 +380,10 @@ static int disk_zero(void *handle, uint32_t length, uint64_t offset, uint32_t fl
     bool punch = flags & NBDKIT_FLAG_MAY_TRIM;
     unsigned kind = punch ? RECORD_PUNCH : 0;
     struct record whole = make_record(RECORD_ZERO, kind, offset, length, NULL, 0);
-    if (length == 0 || change(punch ? do_punch : do_zero, whole, NULL) == 0)
+    maker *make = punch ? do_punch : do_zero;
+    if (length == 0 || change(make, whole, NULL) == 0)
         return 0;
-    while (errno == EOPNOTSUPP && length > 0) {
+    while (unsupported(make, errno) && length > 0) {
         uint32_t part = length < SLICE ? length : SLICE;
         struct record record = make_record(RECORD_ZERO, kind, offset, part, NULL, 0);
         if (change(do_write, record, zeros) < 0)
@@ -385,7 +404,7 @@ static int disk_trim(void *handle, uint32_t length, uint64_t offset, uint32_t fl
 {
     (void)handle, (void)flags;
     struct record record = make_record(RECORD_ZERO, RECORD_PUNCH, offset, length, NULL, 0);
-    if (length == 0 || change(do_punch, record, NULL) == 0 || errno == EOPNOTSUPP)
+    if (length == 0 || change(do_punch, record, NULL) == 0 || unsupported(do_punch, errno))
         return 0;
     nbdkit_set_error(errno);
     return -1;

@@ -5,6 +5,7 @@
 #define KEMARI_TARGET_H
 
 #include <sys/mman.h>
+#include <sys/sysmacros.h>
 
 #include "_hold.h"
 
@@ -34,6 +35,26 @@ static int open_again(int fd)
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+// Whether a block device says that it makes no holes: it takes no command that writes zeros.
+static bool no_holes(dev_t device)
+{
+    // A partition has its queue beside it, in the folder of the whole device.
+    static const char *const places[] = {"queue", "../queue"};
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        char path[128];
+        snprintf(path, sizeof path, "/sys/dev/block/%u:%u/%s/write_zeroes_max_bytes",
+                 major(device), minor(device), places[i]);
+        FILE *file = fopen(path, "re");
+        if (!file)
+            continue;
+        uint64_t most = 1;
+        int found = fscanf(file, "%" SCNu64, &most);
+        fclose(file);
+        return found == 1 && most == 0;
+    }
+    return false;
 }
 
 // One server for a target: an exclusive open of a block device also keeps mounts away, a lock on
@@ -73,6 +94,8 @@ static const char *target_open(bool writing)
         return target_refused(fd, "%s has %" PRIu64 " bytes now, expected %" PRIu64, disk.target,
                               whole, disk.size);
     disk.size = whole;
+    if (block && no_holes(about.st_rdev))
+        disk.holes = false;
     if (disk.fd < 0)
         disk.fd = fd;
     else if (dup3(fd, disk.fd, O_CLOEXEC) < 0)

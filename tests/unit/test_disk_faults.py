@@ -147,3 +147,31 @@ def test_a_write_back_that_failed_is_told_to_the_guest_whoever_flushed_first(
         client.close()
 
     run(body)
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_discard_that_is_not_supported_leaves_the_same_on_both_hosts(
+    failing: Failing, tmp_path: Path, error: int
+) -> None:
+    async def body() -> None:
+        client = await asyncio.to_thread(failing.start)
+        async with joined(failing.server, tmp_path) as pair:
+            await pair.begin()
+            await pair.sync()
+            await do(client.write, 0, b"x" * SIZE)
+            failing.fail(error, "fallocate:disk.img")
+            await do(client.trim, 3 * CHUNK, 2 * CHUNK)
+            await do(client.trim, 9 * CHUNK, CHUNK)
+            await do(client.zero, 20 * CHUNK, CHUNK)
+            await until(lambda: pair.disk.progress().left == 0)
+            await pair.seal()
+            await pair.settle()
+            contents = failing.server.target.read_bytes()
+            assert pair.copy.read_bytes() == contents
+            assert contents[20 * CHUNK : 21 * CHUNK] == bytes(CHUNK)
+            # Where it said that it makes no holes at all, it is not asked again.
+            assert contents.count(b"junk") == (1 if error == errno.EOPNOTSUPP else 2)
+            assert failing.server.figures().errors == 0
+        client.close()
+
+    run(body)
