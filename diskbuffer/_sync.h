@@ -52,7 +52,9 @@ static bool sync_next(uint64_t *first, uint64_t *end)
     for (uint64_t seen = 0; seen < bitmap.chunks;) {
         uint64_t at = syncing.cursor >= bitmap.chunks ? 0 : syncing.cursor;
         if (at % 8 == 0 && bitmap.todo[at / 8] == 0) {
-            syncing.cursor = at + 8, seen += 8;
+            // Less at the end of the disk: what lies before the cursor has to be seen as well.
+            uint64_t step = bitmap.chunks - at < 8 ? bitmap.chunks - at : 8;
+            syncing.cursor = at + step, seen += step;
             continue;
         }
         if (!bit(bitmap.todo, at)) {

@@ -42,6 +42,7 @@ class Failing:
     """
 
     def __init__(self, folder: Path, library: Path, patch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
         self.server = DiskServer(folder / "primary", SIZE)
         self._faults = folder / "faults"
         self._faults.mkdir()
@@ -55,6 +56,12 @@ class Failing:
             patch.setenv("LD_PRELOAD", str(self._library))
             patch.setenv("KEMARI_FAULTS", str(self._faults))
             return self.server.start(**config)
+
+    def resize(self, size: int) -> None:
+        """Give the disk and its copy another size, before anything serves them."""
+        for path in (self.server.target, self._folder / "copy.img"):
+            path.touch()
+            os.truncate(path, size)
 
     def fail(self, error: int, *faults: str) -> None:
         """From now on calls fail; see ``disk_faults.c``."""
@@ -172,6 +179,28 @@ def test_a_discard_that_is_not_supported_leaves_the_same_on_both_hosts(
             # Where it said that it makes no holes at all, it is not asked again.
             assert contents.count(b"junk") == (1 if error == errno.EOPNOTSUPP else 2)
             assert failing.server.figures().errors == 0
+        client.close()
+
+    run(body)
+
+
+def test_a_range_whose_change_failed_is_copied_wherever_copying_stood(
+    failing: Failing, tmp_path: Path
+) -> None:
+    """The list of what is left ends within a byte of the bitmap."""
+    chunks = 20
+    failing.resize(chunks * CHUNK)
+
+    async def body() -> None:
+        client = await asyncio.to_thread(failing.start)
+        async with joined(failing.server, tmp_path) as pair:
+            await pair.begin()
+            await pair.sync()
+            for chunk in range(chunks):
+                failing.fail(errno.EIO, "pwrite:disk.img")
+                await asyncio.to_thread(refuses, client.write, chunk * CHUNK, b"x" * 512)
+                failing.mend("pwrite:disk.img")
+                await until(lambda: pair.disk.progress().left == 0)
         client.close()
 
     run(body)
