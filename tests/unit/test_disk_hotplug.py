@@ -226,6 +226,33 @@ def test_a_killed_server_is_cleared_away(dom0: Dom0, image: Path) -> None:
     assert dom0.add("3/51712", image) == ""
 
 
+def test_a_dead_servers_disk_takes_no_other_guests_device_with_it(dom0: Dom0, image: Path) -> None:
+    other = image.with_name("other.img")
+    other.write_bytes(bytes(MIB))
+    assert dom0.add("3/51712", image) == ""
+    kill(dom0.pid("3/51712"))
+    shutil.rmtree(dom0.sys / "nbd0")  # as the kernel frees it
+    assert dom0.add("4/51712", other) == ""
+    assert dom0.read("4/51712", "physical-device-path") == f"{dom0.devices}/nbd0"
+    dom0.remove("3/51712")
+    assert (dom0.sys / "nbd0").exists()
+    dom0.remove("4/51712")
+    assert not (dom0.sys / "nbd0").exists()
+
+
+def test_a_dead_servers_number_may_be_another_servers(dom0: Dom0, image: Path) -> None:
+    other = image.with_name("other.img")
+    other.write_bytes(b"other".ljust(MIB, b"\0"))
+    assert dom0.add("3/51712", image) == ""
+    assert dom0.add("4/51712", other) == ""
+    kill(dom0.pid("3/51712"))
+    (dom0.run("3/51712") / "pid").write_text(f"{dom0.pid('4/51712')}\n")
+    dom0.remove("3/51712")
+    client = dom0.client("4/51712")
+    assert client.read(0, 5) == b"other"
+    client.close()
+
+
 def test_an_add_that_was_cut_short_is_begun_anew(dom0: Dom0, image: Path) -> None:
     half = dom0.run("3/51712")
     half.mkdir(parents=True)
