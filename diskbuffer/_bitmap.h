@@ -35,6 +35,7 @@ static struct bitmap {
     uint8_t *todo;      // not yet copied to the standby in this session
     uint64_t last_end;  // where the last write ended: sequential writes mark ahead
     bool torn;          // a write failed: the file may lack bits that are set here
+    bool unread;        // there is a file that could not be read, and may be believed later
     bool cycle;
     uint64_t cycle_position;
     double cycle_began;
@@ -89,12 +90,17 @@ static const char *bitmap_load(void)
     if (!disk.bitmap_path)
         return "no folder for a bitmap was given";
     int fd = open(disk.bitmap_path, O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        return errno == ENOENT ? "there is no bitmap" : "the bitmap cannot be opened";
+    if (fd < 0 && errno == ENOENT)
+        return "there is no bitmap";
+    if (fd < 0) {
+        bitmap.unread = true;
+        return "the bitmap cannot be opened";
+    }
     struct bitmap_header head;
     struct stat about;
     const char *wrong = NULL;
-    if (read_all(fd, &head, sizeof head, 0) < 0 || fstat(fd, &about) < 0)
+    bitmap.unread = read_all(fd, &head, sizeof head, 0) < 0 || fstat(fd, &about) < 0;
+    if (bitmap.unread)
         wrong = "the bitmap cannot be read";
     else if (memcmp(head.magic, "KMRIBMAP", 8) || head.version != 1 ||
              head.crc != crc32(0, (const Bytef *)&head, sizeof head - 4))
@@ -119,6 +125,7 @@ static const char *bitmap_load(void)
     if (!bitmap.dirty || !bitmap.touched || !bitmap.todo ||
         read_all(fd, bitmap.dirty, bytes, BITMAP_HEADER) < 0) {
         bitmap_close();
+        bitmap.unread = true;
         close(fd);
         return "the bitmap cannot be read";
     }
@@ -138,7 +145,8 @@ static const char *bitmap_load(void)
 static int bitmap_invalidate(void)
 {
     char zeros[sizeof(struct bitmap_header)] = {0};
-    bool good = write_all(bitmap.fd, zeros, sizeof zeros, 0) == 0 && fdatasync(bitmap.fd) == 0;
+    bool good = bitmap.fd >= 0 && write_all(bitmap.fd, zeros, sizeof zeros, 0) == 0 &&
+                fdatasync(bitmap.fd) == 0;
     if (!good) {
         char *folder = strdup(disk.bitmap_path);
         char *slash = folder ? strrchr(folder, '/') : NULL;
@@ -182,8 +190,10 @@ enum marked { MARKED, UNTRACKED, REFUSED };
 // durably known to be; REFUSED: not even that could be written down, so the disk must not change.
 static enum marked bitmap_mark(uint64_t offset, uint64_t length)
 {
-    if (bitmap.fd < 0 || length == 0)
+    if (length == 0 || (bitmap.fd < 0 && !bitmap.unread))
         return MARKED;
+    if (bitmap.fd < 0)
+        return bitmap_invalidate() == 0 ? UNTRACKED : REFUSED;
     uint64_t first = offset >> bitmap.shift, last = (offset + length - 1) >> bitmap.shift;
     bool fresh = false;
     for (uint64_t number = first; number <= last; number++) {

@@ -18,6 +18,7 @@ from diskbuffer import bitmap
 from diskbuffer.bitmap import Bitmap
 from diskbuffer.control import Control
 from diskbuffer.errors import ServerError
+from diskbuffer.status import Flag
 from tests.unit.disk_client import NbdClient
 from tests.unit.disk_pair import CHUNK, PRIMARY, SIZE, do, joined, run, until
 from tests.unit.disk_server import DiskServer
@@ -132,6 +133,24 @@ def test_marks_of_a_merge_that_could_not_be_written_let_no_change_through(failin
 
     run(body)
     assert failing.marks() == [(3, 2)]
+
+
+@pytest.mark.parametrize("fault", ["open:bitmap", "pread:bitmap"])
+def test_a_bitmap_that_could_not_be_read_is_not_believed_after_a_change(
+    failing: Failing, fault: str
+) -> None:
+    Bitmap(SIZE, str(uuid.uuid4()), PRIMARY).save(failing.server.bitmap)
+    failing.fail(errno.EIO, fault)
+    client = failing.start()
+    assert not failing.server.figures().flags & Flag.TRACKING
+    assert failing.marks() == []  # nothing was changed: it is still true
+    failing.fail(errno.EIO, "unlink:bitmap")
+    for _ in range(2):
+        refuses(client.write, 0, b"x" * 512)
+    failing.mend("unlink:bitmap")
+    client.write(0, b"x" * 512)
+    client.close()
+    assert not failing.server.bitmap.exists()
 
 
 # ---- The target ----
