@@ -51,7 +51,9 @@ class Registry(Protocol):
     """Which session has which guest."""
 
     async def claim(self, uuid: str, name: str, session: StandbySession) -> None:
-        """Make ``session`` the one for that guest, once an earlier one has removed its shell.
+        """Make ``session`` the one for that guest, once an earlier one is over.
+
+        An earlier one that stood down removes its shell and closes its disks first.
 
         :raise CheckpointError: another one has it, or this host runs that guest
         """
@@ -476,6 +478,8 @@ class StandbySession:
             await _attempt(self, "remove the shell", asyncio.to_thread(self._shell.destroy))
             reach("shell-removed")
             self.note("stood-down", f"no longer stands by for {self.guest}: {self.why}")
+        # What is sealed still goes to the targets: the next session must not begin before.
+        await _attempt(self, "close the disks", self._disks.close())
         self.over.set()
 
 

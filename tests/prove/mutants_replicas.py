@@ -113,6 +113,16 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         ),
     ),
     _mutant(
+        "disk-left-to-an-ended-session",
+        "a session begins when nothing of the last one can reach the replica any more",
+        Edit(
+            _STANDBY,
+            '        await _attempt(self, "close the disks", self._disks.close())\n',
+            "",
+        ),
+        tests=("tests/unit/test_kemari_disks.py",),
+    ),
+    _mutant(
         "disk-served-as-no-replica",
         "a protection does not begin with a server that would mark nothing after a takeover",
         Edit(

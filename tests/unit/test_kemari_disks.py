@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from checkpoint.driver import Disk
+from diskbuffer.backing import Backing
+from diskbuffer.replica import Replica
+from diskbuffer.stream import Record
 from kemari.control import request
+from kemari.daemon import Daemon
 from kemari.errors import KemariError, Refused
+from kemari.standby import StandbySession
 from tests.unit.kemari_disk_pair import MIB, SIZE, TARGET, DiskPair
 from tests.unit.kemari_pair import await_true
+from tests.unit.patience import PATIENCE
 
 
 @pytest.fixture
@@ -70,6 +78,49 @@ def test_after_a_power_cut_the_disk_is_that_of_the_epoch_that_runs(pair: DiskPai
     data = pair.sides["b"].server.target.read_bytes()
     pair.check_disk(data, 50)
     assert data[4 * MIB : 5 * MIB] == random.Random(5).randbytes(MIB)
+
+
+def test_what_an_ended_session_still_applies_is_on_disk_before_the_next_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, claim = Backing.apply, Daemon.claim
+    stalled, moving = threading.Event(), threading.Event()
+    moving.set()
+    closed: list[bool] = []
+
+    def slow(backing: Backing, records: Iterable[Record]) -> None:
+        if not moving.is_set():
+            stalled.set()
+            moving.wait()
+        apply(backing, records)
+
+    async def claimed(daemon: Daemon, uuid: str, name: str, session: StandbySession) -> None:
+        asyncio.get_running_loop().call_soon(moving.set)  # once somebody waits for it
+        await claim(daemon, uuid, name, session)
+        closed.append(old._backing is None)
+
+    monkeypatch.setattr(Backing, "apply", slow)
+    pair = DiskPair(folder, heartbeat_ms=800, resume=False)
+    pair.sides["a"].serve()
+    with pair:
+        pair.protect()
+        pair.talk(3)
+        assert pair.b.daemon
+        (session,) = pair.b.daemon.sessions.values()
+        replica = session._disks._replicas[0]
+        assert isinstance(replica, Replica)
+        old: Replica = replica
+        moving.clear()
+        pair.talk(3)
+        assert stalled.wait(PATIENCE)
+        pair.a.request("stop", domain="web")
+        await_true(lambda: "stood-down" in pair.b.events("web"), "the shell is removed")
+        monkeypatch.setattr(Daemon, "claim", claimed)
+        pair.protect()
+        assert closed == [True]
+        pair.talk(3)
+        pair.power_cut("a")
+        pair.check_revival("b")
 
 
 @pytest.mark.parametrize("chunks", [0, 3, 7, 11])
