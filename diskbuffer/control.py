@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,9 +35,10 @@ class Control:
         self._reader = reader
         self._writer = writer
         self._news = news
-        self._answers: asyncio.Queue[str | None] = asyncio.Queue()
+        # Oldest first.  A command whose caller was cancelled is answered as well.
+        self._asked: deque[asyncio.Future[str | None]] = deque()
         self._turn = asyncio.Lock()
-        self._closing = False
+        self._closing = self._ended = False
         self._listener = asyncio.create_task(self._listen())
 
     @classmethod
@@ -59,25 +61,39 @@ class Control:
             while line := (await self._reader.readline()).decode(errors="replace"):
                 if line.startswith("!"):
                     self._news(line[1:].rstrip("\n"))
+                elif self._asked:
+                    _settle(self._asked.popleft(), line.rstrip("\n"))
                 else:
-                    self._answers.put_nowait(line.rstrip("\n"))
+                    break  # an answer to nothing: none that follows could be told apart
         except (OSError, ValueError):
             pass  # as good as the end of the connection, which is told below
-        self._answers.put_nowait(None)
+        self._end()
         if not self._closing:
             self._news("closed")
+
+    def _end(self) -> None:
+        self._ended = True
+        while self._asked:
+            _settle(self._asked.popleft(), None)
 
     async def ask(self, command: str) -> list[int]:
         """Send a command; the numbers of its answer.
 
+        Whoever is cancelled here may have sent it: the server carries it out all the same, before
+        all that is asked later.
+
         :raise ServerError: with the server's sentence, or because it is gone
         """
         async with self._turn:
+            if self._ended:
+                raise ServerError("The disk's server is gone")
+            asked: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+            self._asked.append(asked)
             try:
                 self._writer.write(f"{command}\n".encode())
                 await self._writer.drain()
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    answer = await self._answers.get()
+                    answer = await asked
             except TimeoutError:
                 await self.close()
                 raise ServerError(
@@ -86,7 +102,6 @@ class Control:
             except OSError as error:
                 raise ServerError(f"The disk's server is gone: {error.strerror}") from None
         if answer is None:
-            self._answers.put_nowait(None)
             raise ServerError("The disk's server is gone")
         word, _, rest = answer.partition(" ")
         if word != "ok":
@@ -110,3 +125,9 @@ class Control:
         if self._listener is not asyncio.current_task():
             self._listener.cancel()
             await asyncio.gather(self._listener, return_exceptions=True)
+        self._end()
+
+
+def _settle(asked: asyncio.Future[str | None], answer: str | None) -> None:
+    if not asked.done():
+        asked.set_result(answer)

@@ -103,6 +103,21 @@ DISKS: Final[tuple[Mutant, ...]] = (
         _DAEMONS,
     ),
     Mutant(
+        "shared-answer-of-another-command",
+        "the answer to a command whose caller was cancelled is nobody else's",
+        (
+            Edit(
+                "diskbuffer/control.py",
+                "                    answer = await asked\n",
+                "                    answer = await asked\n"
+                "            except asyncio.CancelledError:\n"
+                "                self._asked.remove(asked)\n"
+                "                raise\n",
+            ),
+        ),
+        ("tests/unit/test_disk_control.py",),
+    ),
+    Mutant(
         "shared-not-dropped",
         "what a copy that has moved away held is never issued",
         (
