@@ -26,7 +26,7 @@ from diskbuffer.held import boot_ns
 from kemari.actions import Actions
 from kemari.deadline import Deadline
 from kemari.disks import Pending, SourceDisks
-from kemari.epoch import Primary
+from kemari.epoch import Primary, PrimaryState
 from kemari.host import in_thread
 from kemari.output import Output
 from kemari.pace import Pace
@@ -47,7 +47,7 @@ RETRY_LIMIT: Final = 0.1
 #: which protection is given up: the guest's output must not be held for ever.
 CAPTURE_LIMIT: Final = 10.0
 ACK_LIMIT: Final = 20.0
-#: Seconds between two looks at how much output is held while an epoch is in flight: what may come
+#: Seconds between two looks at how much output is held while no epoch can begin: what may come
 #: meanwhile must fit between high water and limit (``docs/netbuffer.md``).
 LOOK_PAUSE: Final = 0.100
 
@@ -158,7 +158,8 @@ class Cycle:
     def _on_frame(self) -> None:
         machine = self._keeper.machine
         try:
-            if machine.capturing or machine.captured > machine.acked:
+            awaited = machine.capturing or machine.captured > machine.acked
+            if awaited or machine.state is not PrimaryState.PROTECTED:
                 if self._output.drain() == 0:
                     return
                 full = not machine.stalled and self._look()

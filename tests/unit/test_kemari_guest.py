@@ -193,6 +193,29 @@ def test_full_buffer_stalls_the_guest_and_is_counted(tmp_path: Path) -> None:
         assert pair.a.status("web")["statistics"]["stalls"] > 0
 
 
+def test_a_guest_whose_output_stays_held_is_stalled_before_frames_are_lost(tmp_path: Path) -> None:
+    with Pair(tmp_path, buffer_limit=2000, on_standby_loss="hold") as pair:
+        pair.protect(interval_ms=60_000)
+        pair.talk(3)
+        machine = pair.a.daemon.protections["web"].machine if pair.a.daemon else None
+        assert machine
+        await_true(lambda: machine.captured == machine.acked, "no epoch is on its way")
+        pair.b.power_cut()
+        await_true(lambda: pair.a.state("web") == "holding", "output stays held")
+        sent = [3]
+
+        def stalled() -> bool:
+            pair.guest.request(sent[0])
+            sent[0] += 1
+            return pair.guest.paused
+
+        await_true(stalled, "the guest is paused")
+        assert len(pair.answers()) == 3
+        pair.a.request("stop", domain="web", force=True)
+        await_true(lambda: len(pair.answers()) == sent[0], "all answers")
+        pair.check_answers()
+
+
 def test_guest_that_shuts_down_ends_its_protection(tmp_path: Path) -> None:
     with Pair(tmp_path) as pair:
         pair.protect()
