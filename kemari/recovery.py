@@ -222,6 +222,11 @@ async def clean(host: Host) -> list[Record]:
         elif duty is Duty.ASK or (duty is Duty.GIVE_UP and here):
             asked.append(record)
             keep |= set(record.options.get("devices", ()))
+    # Before any output: the last daemon died while it let go, or the storage failed it.
+    for record in host.ledger:
+        if record.role in (Role.OWNER, Role.RELEASED):
+            for failure in await settle(host, record.options, mine=True, guest=record.uuid):
+                host.journal.note(record.guest, "trouble", f"{record.guest}: {failure}")
     owners = {
         device: record for record in host.ledger for device in record.options.get("devices", ())
     }

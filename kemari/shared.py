@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from diskbuffer import held
+from diskbuffer import held, metadata
 from diskbuffer.errors import DiskError, ServerError
 from diskbuffer.held import HeldDisk
 from diskbuffer.metadata import state_folder
@@ -128,21 +128,28 @@ class SharedDisks:
             await asyncio.gather(issuer, return_exceptions=True)
 
 
-async def settle(host: Host, options: dict[str, Any], *, mine: bool) -> list[str]:
+async def settle(host: Host, options: dict[str, Any], *, mine: bool, guest: str = "") -> list[str]:
     """End the holding that a killed daemon has left behind.
 
     :param options: of the guest's record in the ledger
     :param mine: whether the guest is this host's; otherwise its changes are dropped
+    :param guest: its UUID: leave alone what is not held, or of another guest
     :return: a sentence for each disk for which that failed
     """
     failures = []
     for name in options.get(RECORDED, ()):
         target = host.locate(str(name))
         try:
-            await _settle_one(host, target, mine=mine)
+            if not guest or await asyncio.to_thread(_held_of, host, target, guest):
+                await _settle_one(host, target, mine=mine)
         except DiskError as error:
             failures.append(str(error))
     return failures
+
+
+def _held_of(host: Host, target: Path, guest: str) -> bool:
+    known = metadata.load(state_folder(target, host.config.paths.state / "disks") / "state.json")
+    return known is not None and known.role is metadata.Role.HELD and known.guest == guest
 
 
 async def _settle_one(host: Host, target: Path, *, mine: bool) -> None:

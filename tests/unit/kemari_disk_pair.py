@@ -97,6 +97,8 @@ class DiskPair(Pair):
             name: Side(folder, each, storages[name] if storages else None)
             for name, each in self.machines.items()
         }
+        for name, machine in self.machines.items():
+            machine.locate = self.locate(name)
         disk = Disk(51712, "xvda", TARGET, writable=True, shared=storages is not None)
         self.guest = self.a.hypervisor.boot("web", disks=[disk])
 
@@ -105,15 +107,8 @@ class DiskPair(Pair):
         target = self.sides[name].server.target
         return lambda path: target if path == TARGET else Path(path)
 
-    def run(self, machine: Machine) -> None:
-        """Start a host's daemon."""
-        machine.start()
-        assert machine.daemon is not None
-        machine.daemon.host.locate = self.locate(machine.name)
-
     def __enter__(self) -> DiskPair:
-        self.run(self.a)
-        self.run(self.b)
+        super().__enter__()
         return self
 
     def __exit__(self, *given: object) -> None:
@@ -132,8 +127,6 @@ class DiskPair(Pair):
         machine.power_on()
         machine.hypervisor.write_disk = side.write
         machine.hypervisor.reached = side.reached
-        assert machine.daemon is not None
-        machine.daemon.host.locate = self.locate(machine.name)
 
     def check_disk(self, data: bytes, requests: int) -> None:
         """The disk holds exactly the first ``requests`` requests."""

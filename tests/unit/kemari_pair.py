@@ -192,7 +192,10 @@ class Fabric:
 
 
 class Machine:
-    """A host: what survives its daemon, and the daemon."""
+    """A host: what survives its daemon, and the daemon.
+
+    :ivar locate: where targets of disks are here
+    """
 
     def __init__(self, name: str, fabric: Fabric, switch: Switch, config: Config) -> None:
         self.name = name
@@ -201,6 +204,7 @@ class Machine:
         self.switch = switch
         self.network = MemoryNetwork(name, switch)
         self.hypervisor = MemoryHypervisor(self.network.transmit)
+        self.locate: Callable[[str], Path] = Path
         self.daemon: Daemon | None = None
         self.loop: Loop | None = None
         self.loops: list[Loop] = []
@@ -219,6 +223,7 @@ class Machine:
             # A process of its own would outlive the power cut of a host that is a thread.
             pulses=False,
         )
+        self.daemon.host.locate = self.locate
         self.loop.run(self.daemon.start())
 
     def stop(self) -> None:

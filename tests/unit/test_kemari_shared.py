@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
 import tempfile
+import threading
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diskbuffer.errors import ReplicaError
-from diskbuffer.metadata import Role, load
+from diskbuffer.metadata import Fitness, Metadata, Role, load
 from diskbuffer.shared import SharedReplica
 from diskbuffer.status import Flag
-from kemari.errors import KemariError, Refused
+from kemari.errors import DaemonUnreachable, KemariError, Refused
+from kemari.shared import SharedDisks
 from tests.unit.kemari_disk_pair import MIB, SECTOR, SIZE, DiskPair
 from tests.unit.kemari_pair import await_true
+from tests.unit.patience import PATIENCE
 
 
 @pytest.fixture
@@ -187,13 +194,73 @@ def test_a_restarted_daemon_lets_go_what_the_killed_one_held(folder: Path, stora
         assert client is not None
         client.write(7 * MIB, b"held")
         assert storage.read_bytes()[7 * MIB : 7 * MIB + 4] == bytes(4)
-        pair.run(pair.a)
+        pair.a.start()
         await_true(lambda: "unprotected" in pair.a.events("web"), "the standby has answered")
         assert role(pair, "a") is Role.DISK
         assert storage.read_bytes()[7 * MIB : 7 * MIB + 4] == b"held"
         pair.talk(5)
         pair.check_answers()
         pair.check_disk(storage.read_bytes(), 10)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_daemon_that_dies_while_it_lets_go_leaves_nothing_held(
+    folder: Path, storage: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    releasing = threading.Event()
+
+    async def dies(disks: SharedDisks) -> None:
+        releasing.set()
+        await asyncio.Event().wait()
+
+    pair = DiskPair(folder, {"a": storage, "b": storage}, heartbeat_ms=800, resume=False)
+    pair.sides["a"].serve()
+    with pair:
+        pair.protect()
+        pair.talk(5)
+        client = pair.sides["a"].client
+        assert client is not None
+        client.write(7 * MIB, b"held")
+        with monkeypatch.context() as patch:
+            patch.setattr(SharedDisks, "release", dies)
+            if ends:
+                pair.a.hypervisor.destroy_domain("web")
+            else:
+                stopping = threading.Thread(target=_stop_in_vain, args=(pair,))
+                stopping.start()
+            assert releasing.wait(PATIENCE)
+            pair.a.kill()
+        pair.a.start()
+        assert role(pair, "a") is Role.DISK
+        assert storage.read_bytes()[7 * MIB : 7 * MIB + 4] == b"held"
+        if not ends:
+            stopping.join()
+            pair.talk(5)
+            pair.check_answers()
+            pair.check_disk(storage.read_bytes(), 10)
+
+
+def _stop_in_vain(pair: DiskPair) -> None:
+    with pytest.raises(DaemonUnreachable):
+        pair.a.request("stop", domain="web")
+
+
+@pytest.mark.parametrize("changes", [{"guest": str(uuid.uuid4())}, {"role": Role.REPLICA}])
+def test_what_is_held_of_another_guest_is_left_alone(
+    folder: Path, storage: Path, changes: dict[str, Any]
+) -> None:
+    pair = DiskPair(folder, {"a": storage, "b": storage}, heartbeat_ms=800, resume=False)
+    pair.sides["a"].serve()
+    with pair:
+        pair.protect()
+        pair.a.request("stop", domain="web")
+        pair.a.stop()
+        state = pair.sides["a"].server.state / "state.json"
+        held = Metadata(Role.HELD, Fitness.CONSISTENT, SIZE, shared=True)
+        replace(held, **({"guest": pair.guest.description.uuid} | changes)).save(state)
+        before = state.read_bytes()
+        pair.a.start()
+        assert state.read_bytes() == before
 
 
 def test_a_lost_standby_is_waited_for_whatever_the_policy_says(folder: Path, storage: Path) -> None:
