@@ -114,7 +114,7 @@ class Cycle:
         self._ack_timer = Deadline(self._on_ack_limit)
         self._restless_since = 0.0
         self._listening = False
-        self._closed = False
+        self._closed = self._left = False
         self._capturing: asyncio.Task[None] | None = None
         self._sending: asyncio.Task[None] | None = None
         self._pace = Pace()
@@ -231,11 +231,16 @@ class Cycle:
 
     def release(self) -> None:
         """Let the output of the acknowledged epoch leave."""
-        self._closed = False
+        left, self._closed, self._left = self._left, False, False
         reach("release")
         began = time.monotonic_ns()
         try:
             self._output.release_epoch()
+            if left and self._keeper.machine.handed:
+                # No epoch comes after the final one.  All of it was sent before the guest was
+                # paused for good, so the standby's copy has sent it.
+                self._output.close_epoch()
+                self._output.release_epoch()
         except Exception as error:  # noqa: BLE001 - as in _on_frame
             self._output_broke(error)
         self._disks.acknowledged(self._trusted_ns + int(self._sender.link.peer.heartbeat * 1e9))
@@ -283,6 +288,7 @@ class Cycle:
         if self._closed:
             # By an attempt that failed after it.  What was sent since waits for the epoch after
             # this one, and its frames go on asking for that one.
+            self._left = True
             return
         # Frames that were seen until now belong to the epoch that is closed: no new trigger.
         reach("output-close")

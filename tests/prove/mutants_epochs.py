@@ -50,8 +50,8 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _CYCLE,
-                "        self._output.close_epoch()\n",
-                "        self._output.fileno()\n",
+                "        self._drained = True\n        self._output.close_epoch()\n",
+                "        self._drained = True\n        self._output.fileno()\n",
             ),
         ),
     ),

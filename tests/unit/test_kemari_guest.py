@@ -82,6 +82,32 @@ def test_a_capture_that_fails_late_closes_its_output_once(tmp_path: Path) -> Non
         pair.check_answers()
 
 
+def test_what_is_sent_between_two_attempts_at_the_final_epoch_leaves_with_it(
+    tmp_path: Path,
+) -> None:
+    with Pair(tmp_path, interval_ms=20_000) as pair:
+        pair.protect()
+        pair.talk(3)
+        attempts: list[int] = []
+
+        def reached(point: str) -> None:
+            if point == "capture":
+                attempts.append(1)
+                if len(attempts) == 2:
+                    for number in range(3, 6):
+                        pair.guest.request(number)
+
+        machine = pair.a.daemon.protections["web"].machine if pair.a.daemon else None
+        assert machine
+        await_true(lambda: machine.captured == machine.acked, "no epoch is on its way")
+        pair.a.hypervisor.restless_late = 1
+        pair.a.hypervisor.reached = reached
+        pair.a.request("failover", domain="web")
+        assert len(attempts) == 2
+        assert [host for host, *_ in pair.answers()] == ["a"] * 6
+        pair.check_answers()
+
+
 def test_what_takes_a_while_does_not_stop_the_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
