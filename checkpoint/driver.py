@@ -201,7 +201,7 @@ class Source(Protocol):
         """Let the guest run (idempotent)."""
 
     def alive(self) -> bool:
-        """Whether the domain exists and has not shut down."""
+        """Whether the domain exists and has not shut down, but for being saved."""
 
     def destroy(self) -> None:
         """Destroy the guest on this host: another host runs it."""

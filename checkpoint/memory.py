@@ -54,6 +54,7 @@ class MemoryGuest:
 
     :param transmit: takes each frame that the guest sends
     :ivar paused: what arrives while it is set waits
+    :ivar shut_down: it runs no more, but its domain is still there
     :ivar write_disk: called with (this guest, number) before a request is answered
     """
 
@@ -61,7 +62,7 @@ class MemoryGuest:
         self.description = description
         self.memory = bytearray(description.pages * PAGE_SIZE)
         self.dirty: set[int] = set()
-        self.paused = False
+        self.paused = self.shut_down = False
         self.alive = True
         self.clock_offset_ns = 0
         self.nics = [Nic(0, f"vif{description.domid}.0", str(description.detail["mac"]), "memory0")]
@@ -99,7 +100,7 @@ class MemoryGuest:
         """Let the backend deliver, and work off what is in the ring, unless paused."""
         while self.alive:
             self._deliver()
-            if self.paused or not self._take():
+            if self.paused or self.shut_down or not self._take():
                 return
 
     def _deliver(self) -> None:
@@ -289,8 +290,8 @@ class MemorySource:
             self._guest.run()
 
     def alive(self) -> bool:
-        """Whether the guest exists."""
-        return self._guest.alive
+        """Whether the guest exists, and has not shut down."""
+        return self._guest.alive and not self._guest.shut_down
 
     def destroy(self) -> None:
         """Destroy the guest."""

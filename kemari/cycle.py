@@ -47,6 +47,9 @@ RETRY_LIMIT: Final = 0.1
 #: which protection is given up: the guest's output must not be held for ever.
 CAPTURE_LIMIT: Final = 10.0
 ACK_LIMIT: Final = 20.0
+#: Nanoseconds between two looks whether the guest has shut down: its domain may stay, by
+#: ``on_crash = "preserve"`` or the like, and can be captured on and on.
+ALIVE_PAUSE: Final = 1_000_000_000
 #: Seconds between two looks at how much output is held while no epoch can begin: what may come
 #: meanwhile must fit between high water and limit (``docs/netbuffer.md``).
 LOOK_PAUSE: Final = 0.100
@@ -109,6 +112,7 @@ class Cycle:
         self._stages: tuple[int, ...] = ()
         self._stalled_at = 0.0
         self._looked_at = 0.0
+        self._alive_ns = 0
         self._retry_delay = RETRY
         self._interval_timer = Deadline(self._on_interval)
         self._ack_timer = Deadline(self._on_ack_limit)
@@ -274,6 +278,7 @@ class Cycle:
         self._begun_ns, self._captured_boot_ns = time.monotonic_ns(), boot_ns()
         reach("capture")
         try:
+            self._require_guest()
             # Disks at each attempt: what was answered since the last one is in the epoch as well.
             return self._source.capture(
                 self._staging,
@@ -283,6 +288,13 @@ class Cycle:
             )
         except Exception as error:  # noqa: BLE001 - judged by the caller, in the loop's thread
             return error
+
+    def _require_guest(self) -> None:
+        """:raise CheckpointError: it has shut down or crashed: its copy must not run anywhere"""
+        if self._begun_ns - self._alive_ns >= ALIVE_PAUSE:
+            self._alive_ns = self._begun_ns
+            if not self._source.alive():
+                raise CheckpointError("the guest has shut down; expected it to run")
 
     def _close_output(self) -> None:
         if self._closed:

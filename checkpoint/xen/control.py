@@ -26,16 +26,22 @@ XENMAPSPACE_GRANT_TABLE = 1
 
 #: xen/include/public/domctl.h, XEN_DOMINF_*
 _DYING, _HVM, _SHUTDOWN, _PAUSED, _HAP = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 8
+#: there, where the guest's reason for its shutdown is; SHUTDOWN_suspend of sched.h
+_REASON_SHIFT, _REASON_MASK, _SUSPEND = 16, 0xFF, 2
 
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """What ``xc_domain_getinfolist`` says of a domain, as far as used here."""
+    """What ``xc_domain_getinfolist`` says of a domain, as far as used here.
+
+    :ivar suspended: it has shut down to be saved (``xl save``), and may be resumed
+    """
 
     domid: int
     dying: bool
     hvm: bool
     shutdown: bool
+    suspended: bool
     paused: bool
     hap: bool
     pages: int
@@ -79,6 +85,7 @@ class Domain:
             dying=bool(flags & _DYING),
             hvm=bool(flags & _HVM),
             shutdown=bool(flags & _SHUTDOWN),
+            suspended=bool(flags & _SHUTDOWN) and flags >> _REASON_SHIFT & _REASON_MASK == _SUSPEND,
             paused=bool(flags & _PAUSED),
             hap=bool(flags & _HAP),
             pages=raw.tot_pages,

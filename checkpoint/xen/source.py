@@ -435,7 +435,7 @@ class XenSource:
 
     def alive(self) -> bool:
         info = self._domain.info()
-        return info is not None and not info.dying and not info.shutdown
+        return info is not None and not info.dying and (info.suspended or not info.shutdown)
 
     def destroy(self) -> None:
         self._condemned = True  # from here on it stays paused

@@ -255,6 +255,24 @@ def test_guest_that_shuts_down_ends_its_protection(tmp_path: Path) -> None:
         assert "web" not in pair.b.hypervisor.guests
 
 
+def test_guest_that_has_shut_down_is_protected_no_more_though_its_domain_stays(
+    tmp_path: Path,
+) -> None:
+    with Pair(tmp_path, resume=True) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.guest.shut_down = True
+        await_true(lambda: "ended" in pair.a.events("web"), "a has noticed and cleaned up")
+        (said,) = [each for each in pair.a.request("log") if each["event"] == "guest-gone"]
+        assert said["text"] == "web is gone or has shut down; its protection ends"
+        await_true(lambda: not pair.b.hypervisor.shells, "b removed the shell")
+        assert pair.a.state("web") == ""
+        assert "web" in pair.a.hypervisor.guests, "what is left of it is its administrator's"
+        assert not pair.a.network.buffers
+        pair.a.power_cut()
+        assert "web" not in pair.b.hypervisor.guests
+
+
 def test_the_clock_goes_on(tmp_path: Path) -> None:
     with Pair(tmp_path) as pair:
         pair.guest.clock_offset_ns = 10**15

@@ -319,7 +319,8 @@ def test_pauses_do_not_nest(rig: Rig) -> None:
 
 def test_alive(rig: Rig) -> None:
     assert rig.source.alive()
-    rig.guest.flags |= 4
-    assert not rig.source.alive()
+    for reason, alive in enumerate((False, False, True, False, False)):
+        rig.guest.flags = 0x106 | reason << 16
+        assert rig.source.alive() is alive, "suspended is not over"
     rig.guest.flags = 0x102 | 1
     assert not rig.source.alive()
