@@ -61,15 +61,17 @@ class Peers:
     def __init__(self, host: Host, answers: Answers) -> None:
         self._host = host
         self._answers = answers
-        self._lifelines: dict[str, dict[str, Lifeline]] = {}
+        # Each with its path, which connections from one address share.
+        self._lifelines: dict[str, dict[Lifeline, str]] = {}
         self._evidence: dict[str, dict[str, float]] = {}
+        self._followed: Counter[str] = Counter()
         self._wanted: Counter[tuple[str, Address]] = Counter()
         self._keepers: dict[tuple[str, Address], asyncio.Task[None]] = {}
 
     def evidence(self, host_id: str) -> dict[str, float]:
-        """Path -> ``time.monotonic()`` of the last evidence of life of that host."""
-        known = self._evidence.setdefault(host_id, {})
-        for path, lifeline in self._lifelines.get(host_id, {}).items():
+        """Path -> ``time.monotonic()`` of the last evidence of life of a host that is followed."""
+        known = self._evidence.get(host_id, {})
+        for lifeline, path in self._lifelines.get(host_id, {}).items():
             known[path] = max(known.get(path, 0.0), lifeline.link.last_heard)
         return known | {f"pulses of {ip}": when for ip, when in self._pulses(host_id).items()}
 
@@ -83,7 +85,7 @@ class Peers:
 
     def lifelines(self, host_id: str) -> list[Lifeline]:
         """Open connections over which that host can be asked."""
-        return list(self._lifelines.get(host_id, {}).values())
+        return list(self._lifelines.get(host_id, {}))
 
     # ---- Keeping paths ----
 
@@ -108,17 +110,24 @@ class Peers:
                 if keeper is not None:
                     keeper.cancel()
 
-    def begin_pulses(self, link: Link, further: Iterable[Address], port: int | None = None) -> None:
-        """Exchange pulses with the peer of a replication link, until :meth:`end_pulses`.
+    def follow(self, link: Link, further: Iterable[Address], port: int | None = None) -> None:
+        """Keep evidence of the peer of a replication link, and exchange pulses with it.
+
+        Until :meth:`unfollow`; of other hosts nothing is kept.
 
         :param further: its other addresses
         :param port: that its daemon listens on, if that is known
         """
+        self._followed[link.peer.host_id] += 1
+        self._evidence.setdefault(link.peer.host_id, {})
         if self._host.pulses:
             self._host.pulses.want(link.peer.host_id, _pulse_places(link, further, port))
 
-    def end_pulses(self, link: Link, further: Iterable[Address], port: int | None = None) -> None:
-        """The counterpart of :meth:`begin_pulses`, with the same arguments."""
+    def unfollow(self, link: Link, further: Iterable[Address], port: int | None = None) -> None:
+        """The counterpart of :meth:`follow`, with the same arguments."""
+        self._followed[link.peer.host_id] -= 1
+        if self._followed[link.peer.host_id] <= 0:
+            del self._followed[link.peer.host_id], self._evidence[link.peer.host_id]
         if self._host.pulses:
             self._host.pulses.unwant(link.peer.host_id, _pulse_places(link, further, port))
 
@@ -140,24 +149,21 @@ class Peers:
     async def serve(self, lifeline: Lifeline, path: str = "") -> None:
         """Answer on one connection, and count it as a path, until it ends."""
         peer = lifeline.link.peer.host_id
-        path = path or f"from {lifeline.link.peer_address}"
-        paths = self._lifelines.setdefault(peer, {})
-        paths[path] = lifeline
+        # Not its port, which is another one each time.
+        path = path or f"from {_ip(lifeline.link)}"
+        lifelines = self._lifelines.setdefault(peer, {})
+        lifelines[lifeline] = path
         try:
             self._note_end(peer, path, await lifeline.run())
         finally:
-            if paths.get(path) is lifeline:
-                del paths[path]
+            del lifelines[lifeline]
+            if not lifelines:
+                del self._lifelines[peer]
             await lifeline.close()
 
     def _note_end(self, host_id: str, path: str, error: CheckpointError | None) -> None:
-        if error is not None and host_is_alive(error):
-            self._evidence.setdefault(host_id, {})[path] = time.monotonic()
-
-    def forget(self, host_id: str) -> None:
-        """Forget the evidence of paths of a host that are no longer open."""
-        if not any(key[0] == host_id for key in self._wanted):
-            self._evidence.pop(host_id, None)
+        if error is not None and host_is_alive(error) and host_id in self._evidence:
+            self._evidence[host_id][path] = time.monotonic()
 
     # ---- Asking ----
 
@@ -194,10 +200,9 @@ class Peers:
         :param guest: UUID
         :param timeout: seconds to wait for an answer
         """
-        open_paths = {str(path): line for path, line in self._lifelines.get(host_id, {}).items()}
         questions = [
             asyncio.create_task(self._ask(line, guest, generation, timeout))
-            for line in open_paths.values()
+            for line in self.lifelines(host_id)
         ] + [
             asyncio.create_task(self._ask_afresh(address, host_id, guest, generation, timeout))
             for address in dict.fromkeys(addresses)

@@ -227,7 +227,7 @@ class Protection:
         self._further = further_addresses(link, address)
         self._peers.want(self._standby_id, self._further)
         self._port = address.port
-        self._peers.begin_pulses(link, self._further, self._port)
+        self._peers.follow(link, self._further, self._port)
         self.spawn(self._watch(link), "watch")
         self.generation = await next_generation(
             host, self._peers, address, self._standby_id, self.guest, self.uuid
@@ -477,7 +477,7 @@ class Protection:
     async def _dispose(self) -> None:
         self._peers.unwant(self._standby_id, self._further)
         if self._link is not None and self._port:
-            self._peers.end_pulses(self._link, self._further, self._port)
+            self._peers.unfollow(self._link, self._further, self._port)
         self._further, self._port = (), 0
         if self._sender is not None:
             await self._sender.close()

@@ -95,14 +95,14 @@ class StandbySession:
     async def run(self) -> None:
         """Serve the session until it is over, takeover included."""
         watcher = asyncio.create_task(self._watch())
-        self._peers.begin_pulses(self._link, self._further)
+        self._peers.follow(self._link, self._further)
         try:
             await self._receive()
             await self.over.wait()
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
-            self._peers.end_pulses(self._link, self._further)
+            self._peers.unfollow(self._link, self._further)
             if self._probing:
                 self._peers.unwant(self.primary_id, self._further)
             await self._link.close()

@@ -12,6 +12,7 @@ import pytest
 from checkpoint.errors import ReviveError
 from checkpoint.memory import MemoryShell
 from kemari.errors import KemariError, NoSuchProtection, Refused
+from kemari.peers import Peers
 from tests.unit.kemari_pair import Machine, Pair, await_true
 
 
@@ -104,6 +105,30 @@ def test_nobody_waits_for_the_removal_of_a_shell(
         assert pair.a.status("web")["protected"]
         pair.talk(3)
         pair.check_answers()
+
+
+def test_what_is_kept_of_another_host_does_not_grow_and_ends_with_the_protection(
+    tmp_path: Path,
+) -> None:
+    with Pair(tmp_path) as pair:
+        for _ in range(3):
+            pair.a.request("ping-peer", standby="b")
+        assert pair.a.daemon
+        assert pair.b.daemon
+        a, peers = pair.a.daemon.host.host_id, pair.b.daemon.peers
+        assert not peers._evidence
+        pair.protect()
+        await_true(lambda: peers.evidence(a), "b has heard of a on another path")
+        for _ in range(10):
+            pair.a.request("ping-peer", standby="b")
+        assert list(peers.evidence(a)) == ["from 127.0.0.1"]
+        pair.a.request("stop", domain="web")
+        for kept in (peers, pair.a.daemon.peers):
+            _await_nothing(kept)
+
+
+def _await_nothing(peers: Peers) -> None:
+    await_true(lambda: not peers._evidence and not peers._lifelines, "nothing is kept")
 
 
 def test_planned_failover_there_and_back(tmp_path: Path) -> None:
