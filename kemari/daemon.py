@@ -167,9 +167,11 @@ class Daemon:
     ) -> Protection:
         """Make a protection, not yet established.
 
-        :raise Refused: the domain is protected already, or its owner is unknown
+        :raise Refused: the domain is protected already, or its owner is unknown, or the daemon ends
         """
         name = await self.name_of(domain)
+        if self._closing:
+            raise Refused(f"kemarid on {self.host.config.host} is stopping; expected it to run")
         known = self.protections.get(name)
         if known is not None and not known.machine.over:
             raise Refused(f"{name} is {known.state} already, to {known.standby}")
@@ -327,6 +329,8 @@ class Daemon:
         for other in self._sessions_of(uuid, name):
             if other.machine.state is StandbyState.STOOD_DOWN:
                 await other.over.wait()
+        if self._closing:
+            raise CheckpointError(f"kemarid on {host} is stopping")  # it would never be left
         if name in self._forgetting:
             raise CheckpointError(f"{host} is forgetting {name} just now")
         taken = any(not other.over.is_set() for other in self._sessions_of(uuid, name))

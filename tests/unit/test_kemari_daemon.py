@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 from checkpoint.errors import ReviveError
 from checkpoint.memory import MemoryShell
+from kemari.control import ControlServer
 from kemari.errors import KemariError, NoSuchProtection, Refused
 from kemari.peers import Peers
 from tests.unit.kemari_pair import Machine, Pair, await_true
+from tests.unit.patience import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -350,6 +353,33 @@ def test_both_daemons_stopped_in_good_order(tmp_path: Path) -> None:
         pair.check_answers()
         await_true(lambda: not pair.a.network.buffers, "the buffer is gone")
         await_true(lambda: not pair.b.hypervisor.shells, "the shell is gone")
+
+
+@pytest.mark.parametrize("ending", ["a", "b"])
+def test_a_daemon_that_ends_begins_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    left, may_end = threading.Event(), threading.Event()
+    close = ControlServer.close
+
+    async def slow(control: ControlServer) -> None:
+        left.set()
+        await asyncio.to_thread(may_end.wait)
+        await close(control)
+
+    with Pair(tmp_path) as pair:
+        monkeypatch.setattr(ControlServer, "close", slow)
+        stopping = threading.Thread(target=pair.machines[ending].stop)
+        stopping.start()
+        assert left.wait(PATIENCE)
+        try:
+            with pytest.raises(KemariError, match=f"kemarid on {ending} is stopping"):
+                pair.protect()
+        finally:
+            may_end.set()
+            stopping.join()
+        assert not pair.b.hypervisor.shells
+        pair.talk(3)
 
 
 def test_primary_daemon_restarted_in_good_order_resumes(tmp_path: Path) -> None:
