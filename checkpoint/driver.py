@@ -269,6 +269,9 @@ class Hypervisor(Protocol):
     def domain_exists(self, name: str) -> bool:
         """Whether a domain of exactly that name lives on this host."""
 
+    def domain_uuid(self, name: str) -> str:
+        """The UUID of the domain of exactly that name, in canonical text form; "" if none lives."""
+
     def recover(self, name: str) -> None:
         """Undo what a killed daemon left on the guest ``name``: paused, dirty tracking on.
 

@@ -431,6 +431,11 @@ class MemoryHypervisor:
         """Whether a guest of that name runs."""
         return name in self.guests
 
+    def domain_uuid(self, name: str) -> str:
+        """The UUID of the guest of that name; "" if there is none."""
+        guest = self.guests.get(name)
+        return guest.description.uuid if guest is not None else ""
+
     def recover(self, name: str) -> None:
         """Let a guest run that a killed daemon left paused."""
         self.reached("recover")

@@ -44,7 +44,7 @@ class Daemon:
     :param pulses: whether other hosts shall know by more than heartbeats that this one lives
     :ivar protections: guests that this host runs and protects, or did until the standby was lost
     :ivar sessions: guests that other hosts protect to this one, by UUID
-    :ivar recoveries: guests whose owner is asked for, by name
+    :ivar recoveries: guests whose owner is asked for, by UUID: a name may have been given again
     """
 
     def __init__(
@@ -96,9 +96,7 @@ class Daemon:
         config = self.host.config
         asked = await clean(self.host)
         # Before anybody can ask for them.
-        self.recoveries = {
-            record.guest: Recovery(self.host, self.peers, record) for record in asked
-        }
+        self.recoveries = {record.uuid: Recovery(self.host, self.peers, record) for record in asked}
         addresses = dict.fromkeys((*config.listen, *config.also))
         wildcard = {each.port for each in addresses if each.host in WILDCARDS}
         self._listener = await listen(
@@ -175,8 +173,9 @@ class Daemon:
         known = self.protections.get(name)
         if known is not None and not known.machine.over:
             raise Refused(f"{name} is {known.state} already, to {known.standby}")
-        if name in self.recoveries:
-            raise Refused(f"{name} is asked for at {self.recoveries[name].record.peer} just now")
+        asked = self._asked_for(name)
+        if asked is not None:
+            raise Refused(f"{name} is asked for at {asked.peer} just now")
         if name in self._forgetting:
             raise Refused(f"{name} is being forgotten just now")
         self._forget_again(name)
@@ -237,7 +236,7 @@ class Daemon:
         protection = self.protections.get(busy)
         if protection is not None and not protection.machine.over:
             doing = f"is {protection.state}, to {protection.standby}"
-        elif busy in self.again or busy in self.recoveries:
+        elif busy in self.again or self._asked_for(busy):
             doing = "is to be protected again"
         elif any(each.guest == busy for each in self.sessions.values()):
             doing = "has this host as its standby"
@@ -290,8 +289,13 @@ class Daemon:
             delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT)
         self._forget_again(guest)
 
+    def _asked_for(self, name: str) -> Record | None:
+        """The record of a guest of that name whose owner is asked for just now."""
+        asked = [each.record for each in self.recoveries.values() if each.record.guest == name]
+        return asked[0] if asked else None
+
     async def _recover(self, record: Record) -> None:
-        recovery = self.recoveries[record.guest]
+        recovery = self.recoveries[record.uuid]
         try:
             resolved = await recovery.resolve()
             self._stragglers.look(resolved.uuid)
@@ -303,7 +307,7 @@ class Daemon:
                         record.guest, "unprotected", f"protection of {record.guest} is off"
                     )
         finally:
-            del self.recoveries[record.guest]
+            del self.recoveries[record.uuid]
 
     # ---- Section: standing by ----
 
@@ -337,7 +341,7 @@ class Daemon:
         protection = self.protections.get(name)
         if taken:
             raise CheckpointError(f"{host} stands by for {name} already")
-        if (protection and not protection.machine.over) or name in self.recoveries:
+        if (protection and not protection.machine.over) or self._asked_for(name):
             raise CheckpointError(f"{host} runs {name} itself; expected another guest")
         self.sessions[uuid] = session
 
@@ -358,7 +362,7 @@ class Daemon:
         if record is None:
             return Owner(guest, 0, "none")
         owning = record.role in (Role.OWNER, Role.PRIMARY, Role.CLAIMED)
-        if owning and await asyncio.to_thread(self.host.hypervisor.domain_exists, record.guest):
+        if owning and await self.host.runs(record):
             return Owner(guest, record.generation, "running" if record.came_from else "primary")
         return Owner(guest, record.generation, "none")
 

@@ -21,7 +21,7 @@ from kemari import __version__
 from kemari.config import Address, Config, Tls
 from kemari.errors import ConfigError, KemariError, PeerUnreachable
 from kemari.journal import Journal
-from kemari.ledger import Ledger
+from kemari.ledger import Ledger, Record
 from kemari.output import Network
 from kemari.pulses import Pulses
 
@@ -97,6 +97,11 @@ class Host:
             except CheckpointError as error:
                 reasons.append(f"{address}: {error}")
         raise PeerUnreachable(f"No kemarid answers ({'; '.join(reasons)}); expected one")
+
+    async def runs(self, record: Record) -> bool:
+        """Whether the guest of a record lives here; another one of its name does not count."""
+        uuid = await asyncio.to_thread(self.hypervisor.domain_uuid, record.guest)
+        return uuid == record.uuid
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run ``work`` as a task that is kept until it ends; see :func:`reap`."""

@@ -17,6 +17,7 @@ from checkpoint.faultpoints import reach
 from kemari.config import parse_address
 from kemari.endings import RESTART_PATIENCE, Asking, patience
 from kemari.host import Host
+from kemari.inquiry import peer_runs
 from kemari.ledger import Duty, LedgerError, Record, Role, duty_at_start
 from kemari.peers import Answer, Peers
 from kemari.shared import RECORDED, settle
@@ -63,23 +64,23 @@ class Recovery:
         :return: the new record: role OWNER (the guest is this host's) or MOVED
         """
         record, host = self.record, self._host
-        here = await asyncio.to_thread(host.hypervisor.domain_exists, record.guest)
+        here = await copy_here(host, record)
         self._note(
             "restarted",
             f"kemarid was restarted; {record.peer} is asked who owns {record.guest}"
-            + (", its output stays held until then" if here else ""),
+            + (", its output stays held until then" if here and await self._held() else ""),
         )
         reach("recover-ask")
+        if record.role is Role.MOVED:
+            # Whatever the peer says now: what was protected here is old since it took over.
+            return await self._give_up(record.generation)
         answer = await self._ask(here)
         if answer.runs_since:
-            return await self._give_up(answer.runs_since, here)
+            return await self._give_up(answer.runs_since)
         return await self._keep(here, answer.stood_down)
 
     async def _ask(self, here: bool) -> Answer:
         host, record = self._host, self.record
-        # A record of what has moved carries the generation in which the other host runs it: that
-        # one must not be asked to give it up, or two copies would live.
-        generation = record.generation - (record.role is Role.MOVED)
         heartbeat = host.config.heartbeat
         asking, said = Asking(heartbeat), False
         while True:
@@ -88,7 +89,7 @@ class Recovery:
                     str(record.options.get("peer_id", "")),
                     self._addresses,
                     record.uuid,
-                    generation,
+                    record.generation,
                     heartbeat,
                 )
             )
@@ -97,7 +98,6 @@ class Recovery:
             waited = asking.waited
             may_release = (
                 here
-                and record.role is Role.PRIMARY
                 and host.config.on_standby_loss == "release"
                 and not record.options.get(RECORDED)
                 and waited >= patience(answer, heartbeat)
@@ -107,7 +107,10 @@ class Recovery:
             if not said and waited >= RESTART_PATIENCE:
                 said = True
                 self._note("holding", f"{record.peer} gives no answer; it will be asked on")
-            await asyncio.sleep(heartbeat / 4 if waited < RESTART_PATIENCE else PATIENT_PACE)
+            await asyncio.sleep(self._pace(waited))
+
+    def _pace(self, waited: float) -> float:
+        return self._host.config.heartbeat / 4 if waited < RESTART_PATIENCE else PATIENT_PACE
 
     async def _keep(self, here: bool, promised: bool) -> Record:
         record = self.record
@@ -127,12 +130,27 @@ class Recovery:
         options = owing(record.options, record.generation, promised)
         return await self._put(Role.OWNER, record.generation, why, options=options)
 
-    async def _give_up(self, generation: int, here: bool) -> Record:
+    async def _give_up(self, generation: int) -> Record:
+        """The peer has taken over: destroy the copy here, if it may be.
+
+        One that was protected is old, its output is still held.  One that was started since, by an
+        administrator or at the host's start, may be all that there is of the guest.
+        """
         record, host = self.record, self._host
         why = f"{record.peer} runs it since generation {generation}"
         reach("recover-give-up")
         resolved = await self._put(Role.MOVED, generation, why)
+        here = await copy_here(host, record)
+        if here and not await self._held() and not await self._runs_there():
+            self._note(
+                "moved",
+                f"{record.guest} does not run on {record.peer} any more: the domain here was "
+                "started since, it is left alone and is UNPROTECTED",
+            )
+            return resolved
         await self._settle_disks(mine=False)
+        # Asking takes its time: it may have ended meanwhile.
+        here = await copy_here(host, record)
         if here:
             try:
                 await asyncio.to_thread(host.hypervisor.destroy_domain, record.guest)
@@ -147,6 +165,29 @@ class Recovery:
             generation=generation,
         )
         return resolved
+
+    async def _held(self) -> bool:
+        """Whether output of the guest that was protected is still held here."""
+        others = {
+            device
+            for record in self._host.ledger
+            if record.role is Role.PRIMARY and record.uuid != self.record.uuid
+            for device in record.options.get("devices", ())
+        }
+        mine = set(self.record.options.get("devices", ())) - others
+        return bool(mine.intersection(await asyncio.to_thread(self._host.network.leftovers)))
+
+    async def _runs_there(self) -> bool:
+        """Whether the peer runs the guest now; asked until it has answered."""
+        loop, said = asyncio.get_running_loop(), False
+        since = loop.time()
+        while (runs := await peer_runs(self._peers, self.record)) is None:
+            waited = loop.time() - since
+            if not said and waited >= RESTART_PATIENCE:
+                said = True
+                self._note("holding", f"{self.record.peer} gives no answer; it will be asked on")
+            await asyncio.sleep(self._pace(waited))
+        return runs
 
     async def _settle_disks(self, *, mine: bool) -> None:
         for failure in await settle(self._host, self.record.options, mine=mine):
@@ -170,6 +211,16 @@ class Recovery:
 
     def _note(self, event: str, text: str, **figures: Any) -> None:
         self._host.journal.note(self.record.guest, event, text, **figures)
+
+
+async def copy_here(host: Host, record: Record) -> bool:
+    """Whether a domain of the guest's name lives here, unless the ledger knows it as another guest.
+
+    A guest whose configuration has no UUID gets a new one each time that it is started.
+    """
+    uuid = await asyncio.to_thread(host.hypervisor.domain_uuid, record.guest)
+    known = uuid != record.uuid and host.ledger.get(uuid) is not None
+    return bool(uuid) and not known
 
 
 async def let_run(host: Host, guest: str) -> None:
@@ -200,9 +251,8 @@ async def clean(host: Host) -> list[Record]:
     asked, keep = [], set()
     for record in host.ledger:
         duty = duty_at_start(record)
-        here = duty is not Duty.NONE and await asyncio.to_thread(
-            host.hypervisor.domain_exists, record.guest
-        )
+        # What was revived here has the guest's own UUID.
+        here = duty in (Duty.STAND_DOWN, Duty.LOOK) and await host.runs(record)
         if duty is Duty.LOOK and here:
             await _put(host, record, role=Role.OWNER, reason="the takeover was complete")
         elif duty is Duty.STAND_DOWN and here:
@@ -219,7 +269,7 @@ async def clean(host: Host) -> list[Record]:
             await _stand_down(host, record)
         elif record.role is Role.RELEASED:
             await _remove_shell(host, record)  # the last daemon died between promise and deed
-        elif duty is Duty.ASK or (duty is Duty.GIVE_UP and here):
+        elif duty is Duty.ASK or (duty is Duty.GIVE_UP and await copy_here(host, record)):
             asked.append(record)
             keep |= set(record.options.get("devices", ()))
     # Before any output: the last daemon died while it let go, or the storage failed it.

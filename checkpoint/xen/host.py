@@ -64,6 +64,17 @@ class XenHost:
     def domain_exists(self, name: str) -> bool:
         return any(found == name for _domid, found in self.domains())
 
+    def domain_uuid(self, name: str) -> str:
+        store = Store()
+        try:
+            for domid in control.list_domids():
+                if _name(store, domid) == name:
+                    # "/vm/UUID" (libxl_create.c, libxl__domain_make)
+                    return (store.read(f"/local/domain/{domid}/vm") or "").rpartition("/")[2]
+        finally:
+            store.close()
+        return ""
+
     def recover(self, name: str) -> None:
         for domid, found in self.domains():
             if found == name:

@@ -106,15 +106,40 @@ OWNER: Final[tuple[Mutant, ...]] = (
         ),
     ),
     Mutant(
-        "restart-asks-for-its-own-generation",
-        "a host that the guest has left asks for the generation before the peer's",
+        "destroys-on-the-ledgers-word",
+        "a copy that was started since is destroyed only if the guest runs on the peer now",
         (
             Edit(
                 "kemari/recovery.py",
-                "        generation = record.generation - (record.role is Role.MOVED)\n",
-                "        generation = record.generation\n",
+                "        if here and not await self._held() and not await self._runs_there():\n",
+                "        if here and generation < 0:\n",
             ),
         ),
+        ("tests/unit/test_kemari_ownership.py",),
+    ),
+    Mutant(
+        "stale-copy-spared",
+        "a copy that was protected is destroyed although the guest has ended on the peer since",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "        if here and not await self._held() and not await self._runs_there():\n",
+                "        if here and not await self._runs_there():\n",
+            ),
+        ),
+        ("tests/unit/test_kemari_ownership.py",),
+    ),
+    Mutant(
+        "another-guest-of-the-name",
+        "a guest is known by its UUID: another one of its name is not touched",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "    return bool(uuid) and not known\n",
+                "    return bool(uuid)\n",
+            ),
+        ),
+        ("tests/unit/test_kemari_ownership.py",),
     ),
     Mutant(
         "ledger-not-asked",

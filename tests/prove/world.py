@@ -361,7 +361,7 @@ class World:
 
     def _recovering(self, machine: Machine) -> bool:
         """Whether a restarted daemon may let output go because nobody can be asked."""
-        asks = machine.daemon is not None and GUEST in machine.daemon.recoveries
+        asks = machine.daemon is not None and bool(machine.daemon.recoveries)
         return asks and bool(self.network.unplugged)
 
     def look(self) -> None:

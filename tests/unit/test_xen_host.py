@@ -145,6 +145,16 @@ def test_the_domains_of_a_host(world: World) -> None:
     assert world.rig.destroyed == [DOMID]
 
 
+def test_the_uuid_of_a_domain(world: World) -> None:
+    uuid = "8b0cd9ff-04ba-4ef2-9d10-b15b3ef0eac1"
+    world.store.nodes["vm"] = f"/vm/{uuid}"
+    assert XenHost().domain_uuid("web") == uuid
+    assert XenHost().domain_uuid("db") == ""
+    world.store.nodes["name"] = "web--kemari"
+    assert XenHost().domain_uuid("web") == "", "that of a shell"
+    assert world.store.open == 0
+
+
 # ---- Section: shells ----
 
 

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose guest it is when records, hosts and administrators do not agree."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from checkpoint.memory import MemoryGuest
+from tests.unit.kemari_pair import Machine, Pair, await_true
+
+
+def roles(machine: Machine) -> list[str]:
+    """What a host's ledger says, of whatever guests."""
+    assert machine.daemon
+    return sorted(record.role.value for record in machine.daemon.host.ledger)
+
+
+def last_text(machine: Machine) -> str:
+    """The last sentence in a host's event log."""
+    assert machine.daemon
+    return str(machine.daemon.host.journal.read()[-1]["text"])
+
+
+def start_again(machine: Machine, uuid: str = "") -> MemoryGuest:
+    """``xl create``, of a configuration with a UUID or without."""
+    guest = machine.hypervisor.boot("web")
+    if uuid:
+        guest.description = replace(guest.description, uuid=uuid)
+    return guest
+
+
+def await_recovered(machine: Machine) -> None:
+    """Until the machine's daemon asks for no guest's owner any more."""
+    await_true(lambda: machine.daemon and not machine.daemon.recoveries, "the owner is known")
+
+
+# ---- A domain that was started since the guest moved away ----
+
+
+@pytest.mark.parametrize("same_uuid", [True, False])
+def test_a_guest_that_was_brought_back_by_hand_outlives_a_restart(
+    tmp_path: Path, same_uuid: bool
+) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.request("failover", domain="web")
+        uuid = pair.b.hypervisor.guests["web"].description.uuid
+        pair.b.hypervisor.destroy_domain("web")
+        guest = start_again(pair.a, uuid if same_uuid else "")
+        pair.a.stop()
+        pair.a.start()
+        await_recovered(pair.a)
+        assert pair.a.hypervisor.guests["web"] is guest
+        assert guest.alive
+        assert "web does not run on b any more" in last_text(pair.a)
+        pair.protect()
+        assert pair.a.state("web") == "protected"
+
+
+def test_after_a_power_cut_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        uuid = pair.guest.description.uuid
+        pair.a.power_cut()
+        await_true(lambda: "web" in pair.b.hypervisor.guests, "b took over")
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        pair.b.hypervisor.destroy_domain("web")
+        started: list[MemoryGuest] = []
+        start = pair.a.start
+
+        def start_both() -> None:
+            started.append(start_again(pair.a, uuid))
+            start()
+
+        monkeypatch.setattr(pair.a, "start", start_both)
+        pair.a.power_on()
+        await_recovered(pair.a)
+        assert started[0].alive
+        assert roles(pair.a) == ["moved"]
+
+
+def test_a_second_copy_is_destroyed(tmp_path: Path) -> None:
+    """Started by the host itself, say, without a UUID in its configuration."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.request("failover", domain="web")
+        pair.a.stop()
+        start_again(pair.a)
+        pair.a.start()
+        await_true(lambda: "web" not in pair.a.hypervisor.guests, "the second copy is gone")
+        assert pair.b.hypervisor.guests["web"].alive
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_without_an_answer_nothing_is_destroyed(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.request("failover", domain="web")
+        pair.a.stop()
+        pair.b.stop()
+        guest = start_again(pair.a)
+        pair.a.start()
+        await_true(lambda: "restarted" in pair.a.events("web"), "b is asked")
+        assert pair.a.state("web") == "asking"
+        assert guest.alive
+        pair.b.start()
+        await_true(lambda: not guest.alive, "b has said that the guest runs there")
+
+
+def test_an_old_copy_is_destroyed_although_the_guest_has_ended_since(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.kill()
+        pair.fabric.dead.add("a")
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        pair.b.hypervisor.destroy_domain("web")
+        pair.fabric.dead.discard("a")
+        assert "web" in pair.a.hypervisor.guests
+        pair.a.start()
+        await_recovered(pair.a)
+        assert not pair.guest.alive
+        assert not pair.a.network.buffers
+        assert roles(pair.a) == ["moved"]
+
+
+def test_another_guest_of_the_name_keeps_its_protection(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.request("failover", domain="web")
+        pair.b.hypervisor.destroy_domain("web")
+        guest = start_again(pair.a, "00000000-0000-4000-8000-000000000000")
+        pair.protect()
+        pair.a.kill()
+        pair.a.start()
+        await_true(lambda: pair.a.state("web") == "protected", "it is protected again")
+        assert guest.alive
+        assert roles(pair.a) == ["moved", "primary"]
+
+
+def test_another_guest_of_the_name_is_no_takeover(tmp_path: Path) -> None:
+    """The standby's host has started a domain of the name; the guest is still the primary's."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.kill()
+        pair.b.hypervisor.shells.clear()
+        start_again(pair.b)
+        pair.b.start()
+        assert roles(pair.b) == ["released"]
+        await_true(lambda: pair.a.state("web") == "unprotected", "a goes on alone")
+        assert pair.guest.alive
