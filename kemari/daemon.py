@@ -25,7 +25,7 @@ from kemari.output import Network
 from kemari.peers import Peers
 from kemari.protection import Protection
 from kemari.pulses import Pulses
-from kemari.recovery import Recovery, clean
+from kemari.recovery import Recovery, clean, remember_takeover, took_over_unrecorded
 from kemari.requests import Requests
 from kemari.standby import StandbySession
 from kemari.stragglers import Stragglers
@@ -326,6 +326,9 @@ class Daemon:
         finally:
             if self.sessions.get(session.uuid) is session:
                 del self.sessions[session.uuid]
+        if session.machine.state is StandbyState.RUNNING:
+            work = remember_takeover(self.host, session.uuid)
+            self.host.spawn(work, f"{session.guest}: record the takeover")
 
     async def claim(self, uuid: str, name: str, session: StandbySession) -> None:
         """See :class:`kemari.standby.Registry`."""
@@ -361,6 +364,8 @@ class Daemon:
         record = self.host.ledger.get(guest)
         if record is None:
             return Owner(guest, 0, "none")
+        if await took_over_unrecorded(self.host, record):
+            return Owner(guest, record.generation + 1, "running")
         owning = record.role in (Role.OWNER, Role.PRIMARY, Role.CLAIMED)
         if owning and await self.host.runs(record):
             return Owner(guest, record.generation, "running" if record.came_from else "primary")
@@ -373,7 +378,11 @@ class Daemon:
             if session.generation > generation:
                 return session.owner()
             return await session.stand_down("the primary asked to")
-        runs, since = answer_to_stand_down(self.host.ledger.get(guest), generation)
+        record = self.host.ledger.get(guest)
+        newer = record is not None and record.generation >= generation
+        if record is not None and newer and await took_over_unrecorded(self.host, record):
+            return Owner(guest, record.generation + 1, "running")
+        runs, since = answer_to_stand_down(record, generation)
         return Owner(guest, since, "running") if runs else None
 
     async def alive(self, guest: str, generation: int) -> None:

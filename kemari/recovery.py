@@ -223,6 +223,39 @@ async def copy_here(host: Host, record: Record) -> bool:
     return bool(uuid) and not known
 
 
+async def took_over_unrecorded(host: Host, record: Record) -> bool:
+    """Whether this host runs a guest that by its ledger it only stands by for.
+
+    The ledger's disk was full when it took over, which must not cost the guest.
+    """
+    return record.role is Role.STANDBY and await host.runs(record)
+
+
+def _unrecorded(record: Record) -> dict[str, Any]:
+    return {
+        "role": Role.OWNER,
+        "generation": record.generation + (record.role is Role.STANDBY),
+        "came_from": record.peer,
+        "reason": "found running after an unrecorded takeover",
+    }
+
+
+async def remember_takeover(host: Host, uuid: str) -> None:
+    """See to it that a takeover is in the ledger, now that the guest runs here.
+
+    Where its disk is full it is tried on; until then the guest itself is what tells of it.
+    """
+    ledger = host.ledger
+    while (record := ledger.get(uuid)) is not None:
+        if record.role not in (Role.STANDBY, Role.CLAIMED) or not await host.runs(record):
+            return
+        try:
+            await asyncio.to_thread(functools.partial(ledger.update, uuid, **_unrecorded(record)))
+        except LedgerError as error:
+            log.info("%s: %s", record.guest, error)
+            await asyncio.sleep(PATIENT_PACE)
+
+
 async def let_run(host: Host, guest: str) -> None:
     """A daemon that was killed in the middle of a capture has left the guest paused."""
     try:
@@ -256,15 +289,7 @@ async def clean(host: Host) -> list[Record]:
         if duty is Duty.LOOK and here:
             await _put(host, record, role=Role.OWNER, reason="the takeover was complete")
         elif duty is Duty.STAND_DOWN and here:
-            # It took over although the claim could not be recorded.
-            await _put(
-                host,
-                record,
-                role=Role.OWNER,
-                generation=record.generation + 1,
-                came_from=record.peer,
-                reason="found running after an unrecorded takeover",
-            )
+            await _put(host, record, **_unrecorded(record))
         elif duty in (Duty.STAND_DOWN, Duty.LOOK):
             await _stand_down(host, record)
         elif record.role is Role.RELEASED:

@@ -49,6 +49,18 @@ OWNER: Final[tuple[Mutant, ...]] = (
         ),
     ),
     Mutant(
+        "promise-of-a-host-that-runs-it",
+        "a host that took over does not promise to stand down, recorded or not",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "    return record.role is Role.STANDBY and await host.runs(record)\n",
+                "    return record.generation < 0 and await host.runs(record)\n",
+            ),
+        ),
+        ("tests/unit/test_kemari_ownership.py",),
+    ),
+    Mutant(
         "promise-not-kept",
         "a standby that has stood down never takes over",
         (

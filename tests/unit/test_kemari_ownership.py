@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from checkpoint.memory import MemoryGuest
+from kemari import recovery
+from kemari.ledger import LedgerError
 from tests.unit.kemari_pair import Machine, Pair, await_true
 
 
@@ -159,3 +163,40 @@ def test_another_guest_of_the_name_is_no_takeover(tmp_path: Path) -> None:
         assert roles(pair.b) == ["released"]
         await_true(lambda: pair.a.state("web") == "unprotected", "a goes on alone")
         assert pair.guest.alive
+
+
+# ---- A takeover that could not be recorded ----
+
+
+def test_a_takeover_with_a_full_disk_is_no_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "PATIENT_PACE", 0.05)
+    with Pair(tmp_path, on_standby_loss="hold") as pair:
+        pair.protect()
+        pair.talk(3)
+        assert pair.a.loop
+        assert pair.b.daemon
+        ledger = pair.b.daemon.host.ledger
+        put = ledger.put
+
+        def full(*_: Any) -> None:
+            raise LedgerError("No space left on device")
+
+        monkeypatch.setattr(ledger, "put", full)
+        # a's daemon stands still, as if dead, until b has taken over.
+        stands = threading.Event()
+        pair.a.loop.loop.call_soon_threadsafe(stands.wait, 60)
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        await_true(lambda: pair.b.daemon and not pair.b.daemon.sessions, "and is done with that")
+        assert roles(pair.b) == ["standby"]
+        stands.set()
+        await_true(lambda: "moved" in pair.a.events("web"), "a learns of it")
+        assert "web" not in pair.a.hypervisor.guests
+        assert "unprotected" not in pair.a.events("web")
+        monkeypatch.setattr(ledger, "put", put)
+        await_true(lambda: roles(pair.b) == ["owner"], "the takeover is recorded after all")
+        pair.talk(3)
+        pair.check_answers()
+        said = pair.a.request("status", domain="web")[0]
+        assert (said["state"], said["generation"]) == ("moved", 2)
