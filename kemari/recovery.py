@@ -257,7 +257,7 @@ async def remember_takeover(host: Host, uuid: str) -> None:
 
 
 async def let_run(host: Host, guest: str) -> None:
-    """A daemon that was killed in the middle of a capture has left the guest paused."""
+    """A daemon that was killed in a capture, or at a revival's end, has left the guest paused."""
     try:
         await asyncio.to_thread(host.hypervisor.recover, guest)
     except CheckpointError as error:
@@ -286,6 +286,9 @@ async def clean(host: Host) -> list[Record]:
         duty = duty_at_start(record)
         # What was revived here has the guest's own UUID.
         here = duty in (Duty.STAND_DOWN, Duty.LOOK) and await host.runs(record)
+        if here:
+            # Before it is said to run: it is marked as revived just before it is let run.
+            await let_run(host, record.guest)
         if duty is Duty.LOOK and here:
             await _put(host, record, role=Role.OWNER, reason="the takeover was complete")
         elif duty is Duty.STAND_DOWN and here:

@@ -137,7 +137,7 @@ class XenHost:
         pages = _ram_pages(config)
         store = Store()
         try:
-            name = store.read(f"/local/domain/{domid}/name") or ""
+            name = _name(store, domid)
             nics = _nics(store, domid)
             disks = _disks(store, domid)
         finally:

@@ -12,7 +12,7 @@ import pytest
 
 from checkpoint.memory import MemoryGuest
 from kemari import recovery
-from kemari.ledger import LedgerError
+from kemari.ledger import LedgerError, Record, Role
 from tests.unit.kemari_pair import Machine, Pair, await_true
 
 
@@ -200,3 +200,28 @@ def test_a_takeover_with_a_full_disk_is_no_promise(
         pair.check_answers()
         said = pair.a.request("status", domain="web")[0]
         assert (said["state"], said["generation"]) == ("moved", 2)
+
+
+# ---- A daemon that was killed at the end of a revival ----
+
+
+@pytest.mark.parametrize(("role", "generation"), [(Role.STANDBY, 1), (Role.CLAIMED, 2)])
+def test_a_guest_that_was_revived_but_not_let_run_runs_after_the_restart(
+    tmp_path: Path, role: Role, generation: int
+) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        assert pair.b.daemon
+        ledger = pair.b.daemon.host.ledger
+        guest = pair.b.hypervisor.guests["web"]
+        guest.paused = True
+        ledger.forget(guest.description.uuid)
+        ledger.put(Record(guest.description.uuid, "web", role, generation, peer="a", came_from="a"))
+        pair.b.kill()
+        pair.b.start()
+        assert roles(pair.b) == ["owner"]
+        pair.talk(3)
+        pair.check_answers()

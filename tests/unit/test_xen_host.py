@@ -46,6 +46,13 @@ def test_what_is_described_of_a_guest(world: World) -> None:
     assert not world.rig.guest.logging
 
 
+def test_a_guest_that_was_revived_has_its_own_name_before_it_is_renamed(world: World) -> None:
+    world.store.nodes |= {"name": "web--kemari", "kemari": "revived"}
+    for domain in ("web", str(DOMID)):
+        assert XenHost().open_source(domain).description.name == "web"
+    assert XenHost().domains() == [(DOMID, "web")]
+
+
 def test_a_guest_is_found_by_its_number_too(world: World) -> None:
     assert XenHost().open_source(str(DOMID)).description.name == "web"
     with pytest.raises(UnsupportedGuest, match="no domain 'db' on this host"):
