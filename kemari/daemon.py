@@ -273,6 +273,7 @@ class Daemon:
         standby = tuple(parse_address(each) for each in record.options["standby"])
         while await asyncio.to_thread(self.host.hypervisor.domain_exists, guest):
             await asyncio.sleep(delay)
+            protection: Protection | None = None
             try:
                 protection = await self.protect(guest, standby, options)
                 await protection.establish()
@@ -283,8 +284,9 @@ class Daemon:
                     self.host.journal.note(
                         guest, "unprotected", f"{guest} is still UNPROTECTED: {said}"
                     )
-            if self._closing or guest in self._trying:
-                return  # somebody else sees to it
+            unwanted = protection is not None and protection.stopped
+            if self._closing or unwanted or guest in self._trying:
+                return  # or somebody else sees to it
             self.again[guest], self._trying[guest] = record, task
             delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT)
         self._forget_again(guest)

@@ -49,6 +49,7 @@ class Protection:
     :param addresses: of the standby, best first
     :ivar protected: set by the first acknowledged checkpoint
     :ivar ended: set once the protection is over, whatever the end was
+    :ivar stopped: why it was asked to end; "" if it was not
     :ivar lost: it ended because the standby was lost, not because somebody wanted it
     """
 
@@ -84,7 +85,7 @@ class Protection:
         self._holding = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._establishing: asyncio.Task[Any] | None = None
-        self._cancelled = ""
+        self.stopped = ""
         self._source: Source | None = None
         self._link: Link | None = None
         self._sender: Sender | None = None
@@ -112,9 +113,9 @@ class Protection:
             await self._copy(source, self._encoder, sender, report)
             await self._begin(source, self._encoder, sender)
         except asyncio.CancelledError:
-            await self._undo(self._cancelled or "kemarid stops")
-            if self._cancelled:
-                raise Refused(f"{self.guest} is not protected: {self._cancelled}") from None
+            await self._undo(self.stopped or "kemarid stops")
+            if self.stopped:
+                raise Refused(f"{self.guest} is not protected: {self.stopped}") from None
             raise
         except BaseException as error:
             await self._undo(str(error) or type(error).__name__)
@@ -126,10 +127,9 @@ class Protection:
         if not self.protected.is_set():
             raise PeerError(f"The first checkpoint of {self.guest} failed: {self.why}")
 
-    async def cancel(self, reason: str) -> None:
+    async def cancel(self) -> None:
         """End a protection that is still coming about; returns when nothing of it is left."""
         if self._establishing is not None:
-            self._cancelled = reason
             self._establishing.cancel()
         await self.ended.wait()
 
@@ -139,8 +139,9 @@ class Protection:
         :param force: do not wait for the standby's promise to stand down
         :raise Refused: the standby runs the guest, or does not answer and output stays held
         """
+        self.stopped = reason
         if self.machine.state is PrimaryState.COPYING:
-            await self.cancel(reason)
+            await self.cancel()
             return
         if self.machine.over:
             await self.ended.wait()  # it is being taken down

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from checkpoint.memory import MemoryGuest
-from kemari import recovery
+from kemari import daemon, recovery
 from kemari.ledger import LedgerError, Record, Role
 from tests.unit.kemari_pair import Machine, Pair, await_true
 
@@ -223,5 +223,48 @@ def test_a_guest_that_was_revived_but_not_let_run_runs_after_the_restart(
         pair.b.kill()
         pair.b.start()
         assert roles(pair.b) == ["owner"]
+        pair.talk(3)
+        pair.check_answers()
+
+
+# ---- A protection that comes about again by itself ----
+
+
+def test_a_stop_ends_a_protection_that_is_coming_about_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "AGAIN", 0.05)
+    monkeypatch.setattr(daemon, "AGAIN_LIMIT", 0.05)
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.power_cut()
+        await_true(lambda: pair.a.state("web") == "unprotected", "a goes on alone")
+        copying, go_on = threading.Event(), threading.Event()
+
+        def reached(point: str) -> None:
+            if point == "copy_live" and pair.a.state("web") == "copying":
+                copying.set()
+                go_on.wait(60)
+
+        pair.a.hypervisor.reached = reached
+        pair.b.power_on()
+        await_true(copying.is_set, "the copy is under way")
+        pair.a.hypervisor.reached = lambda point: None
+        stopping = threading.Thread(target=pair.a.request, args=("stop",), kwargs={"domain": "web"})
+        assert pair.a.daemon
+        protection = pair.a.daemon.protections["web"]
+        stopping.start()
+        await_true(lambda: protection.stopped, "it is being stopped")
+        go_on.set()
+        stopping.join()
+        tasks = pair.a.daemon.host.tasks
+        await_true(
+            lambda: all(task.done() for task in list(tasks) if task.get_name() == "web: again"),
+            "nobody tries it again",
+        )
+        assert pair.a.daemon.again == {}
+        assert pair.a.daemon.protections == {}
+        assert pair.a.state("web") == ""
         pair.talk(3)
         pair.check_answers()
