@@ -16,6 +16,7 @@ from typing import Any, Final
 from kemari.config import parse_address
 from kemari.errors import KemariError
 from kemari.host import Host
+from kemari.inquiry import peer_runs
 from kemari.ledger import Record, Role
 from kemari.peers import Peers
 
@@ -62,14 +63,20 @@ class Stragglers:
                     int(record.options[OWED]),
                     host.config.heartbeat,
                 )
-                if answer.conclusive and self._owed(uuid) == record:
-                    await self._settled(record, answer.runs_since)
+                # A later generation may be one in which it stands by for this host again.
+                runs = await peer_runs(self._peers, record) if answer.runs_since else False
+                if answer.conclusive and runs is not None and self._owed(uuid) == record:
+                    await self._settled(record, answer.runs_since if runs else 0)
                     return
                 await asyncio.sleep(PACE)
         finally:
             self._asking.discard(uuid)
 
     async def _settled(self, record: Record, runs_since: int) -> None:
+        """The promise is owed no more.
+
+        :param runs_since: the generation since which the peer runs the guest; 0 if it does not
+        """
         journal, guest, peer = self._host.journal, record.guest, record.peer
         if runs_since:
             journal.note(

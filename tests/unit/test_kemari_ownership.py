@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from checkpoint.memory import MemoryGuest
-from kemari import daemon, recovery
+from kemari import daemon, recovery, stragglers
 from kemari.ledger import LedgerError, Record, Role
+from kemari.peers import Answer
 from tests.unit.kemari_pair import Machine, Pair, await_true
 
 
@@ -120,14 +121,14 @@ def test_without_an_answer_nothing_is_destroyed(tmp_path: Path) -> None:
 
 
 def test_an_old_copy_is_destroyed_although_the_guest_has_ended_since(tmp_path: Path) -> None:
-    with Pair(tmp_path) as pair:
+    with Pair(tmp_path, on_standby_loss="hold") as pair:
         pair.protect()
         pair.talk(3)
-        pair.a.kill()
-        pair.fabric.dead.add("a")
+        pair.fabric.unplugged |= {"link", "lan"}
         await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
         pair.b.hypervisor.destroy_domain("web")
-        pair.fabric.dead.discard("a")
+        pair.a.kill()
+        pair.fabric.unplugged.clear()
         assert "web" in pair.a.hypervisor.guests
         pair.a.start()
         await_recovered(pair.a)
@@ -268,3 +269,60 @@ def test_a_stop_ends_a_protection_that_is_coming_about_again(
         assert pair.a.state("web") == ""
         pair.talk(3)
         pair.check_answers()
+
+
+# ---- A promise that is owed ----
+
+
+def owes(machine: Machine) -> bool:
+    """Whether a standby of the machine has yet to promise that it stands down."""
+    assert machine.daemon
+    return any(stragglers.OWED in record.options for record in machine.daemon.host.ledger)
+
+
+def test_a_host_that_stands_by_again_is_no_second_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "AGAIN", 0.05)
+    monkeypatch.setattr(daemon, "AGAIN_LIMIT", 0.05)
+    monkeypatch.setattr(stragglers, "PACE", 0.05)
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.power_cut()
+        await_true(lambda: owes(pair.a), "a let output go without a promise")
+        assert pair.a.daemon
+        peers = pair.a.daemon.peers
+        ask = peers.ask_to_stand_down
+        copying, go_on = threading.Event(), threading.Event()
+
+        async def unlucky(*question: Any) -> Answer:
+            return await ask(*question) if copying.is_set() else Answer()
+
+        def reached(point: str) -> None:
+            if point == "copy_live":
+                copying.set()
+                go_on.wait(60)
+
+        monkeypatch.setattr(peers, "ask_to_stand_down", unlucky)
+        pair.a.hypervisor.reached = reached
+        pair.b.power_on()
+        await_true(lambda: not owes(pair.a), "b has given up the old generation")
+        assert pair.a.state("web") == "copying"
+        go_on.set()
+        await_true(lambda: pair.a.state("web") == "protected", "it is protected again")
+        assert "two-owners" not in pair.a.events("web")
+        assert "stood-down" in pair.a.events("web")
+
+
+def test_two_owners_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stragglers, "PACE", 0.05)
+    with Pair(tmp_path, on_standby_loss="release") as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.fabric.unplugged |= {"link", "lan"}
+        await_true(lambda: owes(pair.a), "a lets output go")
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        pair.fabric.unplugged.clear()
+        await_true(lambda: "two-owners" in pair.a.events("web"), "a says so")
+        assert "b runs web as well, since generation 2" in str(pair.a.request("log"))
