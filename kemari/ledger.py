@@ -6,7 +6,8 @@ host knows; a takeover takes the next one.  The record is on disk before the act
 primary's before its first checkpoint, a standby's claim before the guest runs there.  So a host
 that comes back from a power cut finds in its own ledger what it must not run without asking.
 
-Records are replaced atomically and durably (:mod:`diskbuffer.durable`).
+Records are replaced atomically and durably (:mod:`diskbuffer.durable`).  Any thread may read and
+change them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import enum
 import json
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,8 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._records: dict[str, Record] = {}
+        # Held while a record is written: by several threads, and each must see what the others put.
+        self._lock = threading.RLock()
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
             record = _read(path)
             self._records[record.uuid] = record
@@ -170,37 +174,48 @@ class Ledger:
         """
         if not _UUID.match(record.uuid):
             raise LedgerError(f"{record.uuid!r} is not a UUID in lower-case canonical form")
-        known = self.generation(record.uuid)
-        if record.generation < known:
-            raise LedgerError(
-                f"generation {record.generation} of {record.guest} is over; {known} is known here"
-            )
-        record = replace(record, changed=time.time())
-        try:
-            _write(self._folder / f"{record.uuid}.json", record)
-        except OSError as error:
-            raise LedgerError(
-                f"the ownership record of {record.guest} cannot be written: {error.strerror}"
-            ) from error
-        self._records[record.uuid] = record
-        return record
+        with self._lock:
+            known = self.generation(record.uuid)
+            if record.generation < known:
+                raise LedgerError(
+                    f"generation {record.generation} of {record.guest} is over; {known} is known "
+                    "here"
+                )
+            record = replace(record, changed=time.time())
+            try:
+                _write(self._folder / f"{record.uuid}.json", record)
+            except OSError as error:
+                raise LedgerError(
+                    f"the ownership record of {record.guest} cannot be written: {error.strerror}"
+                ) from error
+            self._records[record.uuid] = record
+            return record
 
     def forget(self, uuid: str) -> None:
         """Remove the record of a guest, durably (idempotent).
 
         :raise LedgerError: it could not be removed
         """
-        try:
-            durable.remove(self._folder / f"{uuid}.json")
-        except OSError as error:
-            raise LedgerError(
-                f"the ownership record {uuid} cannot be removed: {error.strerror}"
-            ) from error
-        self._records.pop(uuid, None)
+        with self._lock:
+            try:
+                durable.remove(self._folder / f"{uuid}.json")
+            except OSError as error:
+                raise LedgerError(
+                    f"the ownership record {uuid} cannot be removed: {error.strerror}"
+                ) from error
+            self._records.pop(uuid, None)
 
     def update(self, uuid: str, **changes: Any) -> Record:
         """Replace fields of an existing record; as :meth:`put`."""
-        return self.put(replace(self._records[uuid], **changes))
+        with self._lock:
+            return self.put(replace(self._records[uuid], **changes))
+
+    def amend(self, uuid: str, changes: Callable[[Record], dict[str, Any]]) -> None:
+        """As :meth:`update`, with what follows from the record as it is then; {} leaves it so."""
+        with self._lock:
+            record = self._records.get(uuid)
+            if record is not None and (changed := changes(record)):
+                self.put(replace(record, **changed))
 
 
 def _read(path: Path) -> Record:

@@ -232,6 +232,9 @@ async def took_over_unrecorded(host: Host, record: Record) -> bool:
 
 
 def _unrecorded(record: Record) -> dict[str, Any]:
+    """What changes in the record of a guest that was found running here."""
+    if record.role not in (Role.STANDBY, Role.CLAIMED):
+        return {}
     return {
         "role": Role.OWNER,
         "generation": record.generation + (record.role is Role.STANDBY),
@@ -247,10 +250,10 @@ async def remember_takeover(host: Host, uuid: str) -> None:
     """
     ledger = host.ledger
     while (record := ledger.get(uuid)) is not None:
-        if record.role not in (Role.STANDBY, Role.CLAIMED) or not await host.runs(record):
+        if not _unrecorded(record) or not await host.runs(record):
             return
         try:
-            await asyncio.to_thread(functools.partial(ledger.update, uuid, **_unrecorded(record)))
+            await asyncio.to_thread(ledger.amend, uuid, _unrecorded)
         except LedgerError as error:
             log.info("%s: %s", record.guest, error)
             await asyncio.sleep(PATIENT_PACE)

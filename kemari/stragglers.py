@@ -32,6 +32,13 @@ def owing(options: dict[str, Any], generation: int, promised: bool) -> dict[str,
     return rest if promised else rest | {OWED: generation}
 
 
+def _paid(generation: int, record: Record) -> dict[str, Any]:
+    """What changes in the record, whatever was written meanwhile, once that promise is there."""
+    if record.options.get(OWED) != generation:
+        return {}
+    return {"options": owing(record.options, generation, promised=True)}
+
+
 class Stragglers:
     """Asks all of them, each in a task of its own."""
 
@@ -87,10 +94,8 @@ class Stragglers:
             )
         else:
             journal.note(guest, "stood-down", f"{peer} has stood down for {guest} at last")
-        options = owing(record.options, 0, promised=True)
         try:
-            await asyncio.to_thread(
-                functools.partial(self._host.ledger.update, record.uuid, options=options)
-            )
+            paid = functools.partial(_paid, int(record.options[OWED]))
+            await asyncio.to_thread(self._host.ledger.amend, record.uuid, paid)
         except KemariError as error:
             journal.note(guest, "trouble", f"{guest}: {error}; {peer} will be asked again")

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import checkpoint.memory
 import kemari.daemon
+import kemari.ledger
 import kemari.memory
 from checkpoint import faultpoints
 from checkpoint.memory import MemoryGuest, digest_of, parse_answer
@@ -171,7 +172,7 @@ class World:
             ours = name.partition(".")[0] in ("checkpoint", "kemari", "netbuffer", "diskbuffer")
             if ours and isinstance(getattr(module, "time", None), types.ModuleType):
                 self._replace(module, "time", clock)
-        for locked in (checkpoint.memory, kemari.memory):
+        for locked in (checkpoint.memory, kemari.ledger, kemari.memory):
             self._replace(locked, "threading", Threading("threading"))
         self._replace(kemari.daemon, "ControlServer", Control)
         faultpoints.arm(self._reached)

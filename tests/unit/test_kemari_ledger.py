@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,29 @@ def test_generations_never_go_back(tmp_path: Path) -> None:
         ledger.put(replace(RECORD, generation=2))
     assert ledger.generation(UUID) == 3
     assert ledger.update(UUID, role=Role.MOVED, generation=4).generation == 4
+
+
+def test_changes_by_many_threads_are_all_there(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.put(RECORD)
+
+    def change(number: int) -> None:
+        ledger.update(UUID, reason=str(number))
+        ledger.amend(UUID, lambda record: {"options": record.options | {str(number): number}})
+        ledger.amend(UUID, lambda record: {})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(change, range(64)))
+    for each in (ledger, Ledger(tmp_path)):
+        record = each.get(UUID)
+        assert record is not None
+        assert set(record.options) == {"interval_ms", *map(str, range(64))}
+
+
+def test_nothing_is_amended_that_is_not_there(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.amend(UUID, lambda record: {"reason": "none"})
+    assert list(ledger) == []
 
 
 def test_a_uuid_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
