@@ -152,6 +152,25 @@ def test_another_guest_of_the_name_keeps_its_protection(tmp_path: Path) -> None:
         assert roles(pair.a) == ["moved", "primary"]
 
 
+def test_another_guest_of_the_name_is_no_copy_of_the_one_that_moved(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        uuid = pair.guest.description.uuid
+        pair.a.request("failover", domain="web")
+        pair.b.hypervisor.destroy_domain("web")
+        guest = start_again(pair.a)
+        pair.protect()
+        pair.a.request("stop", domain="web")
+        await_true(lambda: not pair.b.hypervisor.shells, "b has removed its shell")
+        start_again(pair.b, uuid)
+        pair.a.stop()
+        pair.a.start()
+        await_recovered(pair.a)
+        assert guest.alive
+        assert roles(pair.a) == ["moved", "owner"]
+
+
 def test_another_guest_of_the_name_is_no_takeover(tmp_path: Path) -> None:
     """The standby's host has started a domain of the name; the guest is still the primary's."""
     with Pair(tmp_path) as pair:
