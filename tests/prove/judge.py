@@ -155,7 +155,9 @@ def _failed_test(tests: Sequence[str]) -> str:
         return ""
     if done.returncode != 1:
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}")
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    # Not what a test logged: such a line may begin with ERROR as well.
+    ends = ("FAILED tests/", "ERROR tests/")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(ends)]
     return failed[0].split(" ")[1] if failed else tests[0]
 
 

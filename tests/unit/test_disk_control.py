@@ -20,11 +20,13 @@ class Server:
     def __init__(self) -> None:
         self.heard: asyncio.Queue[str] = asyncio.Queue()
         self.writer: asyncio.StreamWriter | None = None
+        self.ended = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
         while line := (await reader.readline()).decode():
             self.heard.put_nowait(line.strip())
+        self.ended.set()
 
     def say(self, *lines: str) -> None:
         assert self.writer is not None
@@ -39,9 +41,12 @@ def with_server(
         async with asyncio.timeout(PATIENCE):
             listener = await asyncio.start_unix_server(server.serve, folder / "control")
             control = await Control.connect(folder / "control", news.append)
-            await body(server, control, news)
-            await control.close()
-            listener.close()
+            try:
+                await body(server, control, news)
+            finally:
+                await control.close()
+                listener.close()
+                await server.ended.wait()
 
     asyncio.run(bounded())
 
