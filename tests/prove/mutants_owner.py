@@ -46,7 +46,13 @@ OWNER: Final[tuple[Mutant, ...]] = (
                 "        await asyncio.to_thread(update)\n\n    async def _announce",
                 "        update.args\n\n    async def _announce",
             ),
+            Edit(
+                "kemari/daemon.py",
+                '            self.host.spawn(work, f"{session.guest}: record the takeover")\n',
+                "            work.close()\n",
+            ),
         ),
+        ("tests/unit/test_kemari_ownership.py",),
     ),
     Mutant(
         "promise-of-a-host-that-runs-it",
