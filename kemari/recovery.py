@@ -104,13 +104,15 @@ class Recovery:
             )
             if may_release:
                 return answer
-            if not said and waited >= RESTART_PATIENCE:
-                said = True
-                self._note("holding", f"{record.peer} gives no answer; it will be asked on")
-            await asyncio.sleep(self._pace(waited))
+            said = await self._ask_on(waited, said)
 
-    def _pace(self, waited: float) -> float:
-        return self._host.config.heartbeat / 4 if waited < RESTART_PATIENCE else PATIENT_PACE
+    async def _ask_on(self, waited: float, said: bool) -> bool:
+        """Wait before the next question; whether it was said, once, that there is no answer."""
+        late = waited >= RESTART_PATIENCE
+        if late and not said:
+            self._note("holding", f"{self.record.peer} gives no answer; it will be asked on")
+        await asyncio.sleep(PATIENT_PACE if late else self._host.config.heartbeat / 4)
+        return late or said
 
     async def _keep(self, here: bool, promised: bool) -> Record:
         record = self.record
@@ -120,7 +122,7 @@ class Recovery:
             else f"{record.peer} gives no answer and on_standby_loss is release"
         )
         reach("recover-keep")
-        await self._settle_disks(mine=True)
+        await _settle_disks(self._host, self.record, mine=True)
         if here:
             await let_run(self._host, self.record.guest)
         await self._reclaim(release=True)
@@ -148,7 +150,7 @@ class Recovery:
                 "started since, it is left alone and is UNPROTECTED",
             )
             return resolved
-        await self._settle_disks(mine=False)
+        await _settle_disks(host, record, mine=False)
         # Asking takes its time: it may have ended meanwhile.
         here = await copy_here(host, record)
         if here:
@@ -182,16 +184,8 @@ class Recovery:
         loop, said = asyncio.get_running_loop(), False
         since = loop.time()
         while (runs := await peer_runs(self._peers, self.record)) is None:
-            waited = loop.time() - since
-            if not said and waited >= RESTART_PATIENCE:
-                said = True
-                self._note("holding", f"{self.record.peer} gives no answer; it will be asked on")
-            await asyncio.sleep(self._pace(waited))
+            said = await self._ask_on(loop.time() - since, said)
         return runs
-
-    async def _settle_disks(self, *, mine: bool) -> None:
-        for failure in await settle(self._host, self.record.options, mine=mine):
-            self._note("trouble", f"{self.record.guest}: {failure}")
 
     async def _reclaim(self, *, release: bool) -> None:
         for device in self.record.options.get("devices", ()):
@@ -211,6 +205,12 @@ class Recovery:
 
     def _note(self, event: str, text: str, **figures: Any) -> None:
         self._host.journal.note(self.record.guest, event, text, **figures)
+
+
+async def _settle_disks(host: Host, record: Record, *, mine: bool, guest: str = "") -> None:
+    """See :func:`kemari.shared.settle`; failures are told."""
+    for failure in await settle(host, record.options, mine=mine, guest=guest):
+        host.journal.note(record.guest, "trouble", f"{record.guest}: {failure}")
 
 
 async def copy_here(host: Host, record: Record) -> bool:
@@ -306,8 +306,7 @@ async def clean(host: Host) -> list[Record]:
     # Before any output: the last daemon died while it let go, or the storage failed it.
     for record in host.ledger:
         if record.role in (Role.OWNER, Role.RELEASED):
-            for failure in await settle(host, record.options, mine=True, guest=record.uuid):
-                host.journal.note(record.guest, "trouble", f"{record.guest}: {failure}")
+            await _settle_disks(host, record, mine=True, guest=record.uuid)
     owners = {
         device: record for record in host.ledger for device in record.options.get("devices", ())
     }

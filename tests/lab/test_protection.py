@@ -27,10 +27,10 @@ SOME = 50
 #: busy.  What the demonstration and the benchmarks measure is not judged here.
 FAILOVER_LIMIT = 30.0
 #: Seconds that a guest may be silent when its standby is lost: the heartbeat, three times that to
-#: ask, and several times as much, because the machine may be busy.
-LOSS_LIMIT = 30.0
+#: ask, and again as much, because the machine may be busy.
+LOSS_LIMIT = 10.0
 #: Seconds by which a guest's clocks may change, seen through single requests.
-CLOCK_LIMIT = 1.0
+CLOCK_LIMIT = 0.5
 
 
 def survived(talk: Talk, *cuts: Cut) -> Verdict:

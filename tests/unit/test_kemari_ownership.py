@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +47,21 @@ def await_recovered(machine: Machine) -> None:
 # ---- A domain that was started since the guest moved away ----
 
 
+@contextmanager
+def moved_to_b(folder: Path) -> Iterator[Pair]:
+    """Two hosts; the guest was moved to b as planned."""
+    with Pair(folder) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.request("failover", domain="web")
+        yield pair
+
+
 @pytest.mark.parametrize("same_uuid", [True, False])
 def test_a_guest_that_was_brought_back_by_hand_outlives_a_restart(
     tmp_path: Path, same_uuid: bool
 ) -> None:
-    with Pair(tmp_path) as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.a.request("failover", domain="web")
+    with moved_to_b(tmp_path) as pair:
         uuid = pair.b.hypervisor.guests["web"].description.uuid
         pair.b.hypervisor.destroy_domain("web")
         guest = start_again(pair.a, uuid if same_uuid else "")
@@ -91,10 +100,7 @@ def test_after_a_power_cut_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_second_copy_is_destroyed(tmp_path: Path) -> None:
     """Started by the host itself, say, without a UUID in its configuration."""
-    with Pair(tmp_path) as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.a.request("failover", domain="web")
+    with moved_to_b(tmp_path) as pair:
         pair.a.stop()
         start_again(pair.a)
         pair.a.start()
@@ -105,10 +111,7 @@ def test_a_second_copy_is_destroyed(tmp_path: Path) -> None:
 
 
 def test_without_an_answer_nothing_is_destroyed(tmp_path: Path) -> None:
-    with Pair(tmp_path) as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.a.request("failover", domain="web")
+    with moved_to_b(tmp_path) as pair:
         pair.a.stop()
         pair.b.stop()
         guest = start_again(pair.a)
@@ -138,10 +141,7 @@ def test_an_old_copy_is_destroyed_although_the_guest_has_ended_since(tmp_path: P
 
 
 def test_another_guest_of_the_name_keeps_its_protection(tmp_path: Path) -> None:
-    with Pair(tmp_path) as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.a.request("failover", domain="web")
+    with moved_to_b(tmp_path) as pair:
         pair.b.hypervisor.destroy_domain("web")
         guest = start_again(pair.a, "00000000-0000-4000-8000-000000000000")
         pair.protect()
