@@ -31,6 +31,7 @@ from bench.ways import QUICK as QUICK_WAYS  # noqa: E402
 from vagrant.lablib.command import extend_path, say, step  # noqa: E402
 from vagrant.lablib.errors import LabError  # noqa: E402
 from vagrant.lablib.guest import GuestOptions  # noqa: E402
+from vagrant.lablib.host import Machine  # noqa: E402
 from vagrant.lablib.lab import DEFAULT_SUITE, Lab, Options  # noqa: E402
 from vagrant.lablib.recipe import RECIPES  # noqa: E402
 
@@ -162,6 +163,8 @@ def _parser(quick: bool) -> argparse.ArgumentParser:
     add("--rounds", type=int, default=1 if quick else 3, metavar="N", help="(%(default)s)")
     add("--seconds", type=float, default=10 if quick else 20, metavar="S", help="(%(default)s)")
     add("--cuts", type=int, default=1 if quick else 20, metavar="N", help="(%(default)s)")
+    add("--host-cpus", type=int, default=1, metavar="N",
+        help="of each host; of more than one, Dom0 has one to itself (%(default)s)")  # fmt: skip
     add("--no-micro", action="store_true", help="leave the loops over pages out")
     return parser
 
@@ -184,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures |= micro(5 if args.quick else 15)
         if lab.network.is_up:
             raise LabError(f"The lab in {lab.state} is up; expected none, for a guest of our own.")
-        lab.up(Options(args.suite, guest=GUEST))
+        machine = Machine(cpus=args.host_cpus, dom0_cpus=min(1, args.host_cpus - 1))
+        lab.up(Options(args.suite, machine, GUEST))
         try:
             failures += _compare(lab, args, figures)
         finally:

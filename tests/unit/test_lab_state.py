@@ -62,12 +62,22 @@ def test_a_process_that_has_ended_is_not_remembered(tmp_path: Path) -> None:
 def test_options_are_read_as_they_were_written() -> None:
     options = Options(
         "trixie",
-        Machine(memory_mib=2048, cpus=2),
+        Machine(memory_mib=2048, cpus=2, dom0_cpus=1),
         GuestOptions(vcpus=2, memory_mib=256, extra='a "quoted" one', kernel=Path("/k")),
         project=False,
     )
     assert Options.from_json(options.to_json()) == options
     assert Options.from_json(Options().to_json()) == Options()
+
+
+@pytest.mark.parametrize(("cpus", "dom0"), [(0, 0), (1, 1), (2, 2), (2, -1)])
+def test_guests_need_a_processor_that_is_not_dom0s_alone(
+    tmp_path: Path, cpus: int, dom0: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--host-cpus", str(cpus), "--dom0-cpus", str(dom0)]
+    assert cli.main(["--state", str(tmp_path), "up", *words]) == 1
+    assert "expected at least one" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lab_that_is_down_says_so(tmp_path: Path) -> None:

@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         "--no-project", action="store_true", help="leave the project under test out of the hosts"
     )
     up.add_argument("--host-cpus", type=int, default=machine.cpus, help="(%(default)s)")
+    up.add_argument(
+        "--dom0-cpus",
+        type=int,
+        default=machine.dom0_cpus,
+        metavar="N",
+        help="of these, for Dom0 alone; 0: it shares all with guests (%(default)s)",
+    )
     up.add_argument("--host-memory", type=int, default=machine.memory_mib, help="MiB (%(default)s)")
     _add_guest_options(up)
     command("install", "put the project as it is now onto the running hosts")
@@ -156,7 +163,9 @@ def _run(args: argparse.Namespace) -> int:
         case "build":
             lab.build(Options(suite, guest=_guest_options(args, GuestOptions())))
         case "up":
-            machine = Machine(memory_mib=args.host_memory, cpus=args.host_cpus)
+            machine = Machine(
+                memory_mib=args.host_memory, cpus=args.host_cpus, dom0_cpus=args.dom0_cpus
+            )
             guest = _guest_options(args, GuestOptions())
             lab.up(Options(suite, machine, guest, project=not args.no_project))
         case "install":

@@ -32,11 +32,23 @@ class Machine:
     :ivar memory_mib: all memory
     :ivar dom0_mib: what Dom0 has of it; the rest is for guests
     :ivar cpus: number of physical CPUs
+    :ivar dom0_cpus: so many of them are Dom0's, and no guest's; 0: it shares all with guests
     """
 
     memory_mib: int = 1792
     dom0_mib: int = 900
     cpus: int = 1
+    dom0_cpus: int = 0
+
+    def check(self) -> None:
+        """:raises LabError: there cannot be such a machine"""
+        if self.cpus < 1:
+            raise LabError(f"A host cannot have {self.cpus} CPUs; expected at least one.")
+        if not 0 <= self.dom0_cpus < self.cpus:
+            raise LabError(
+                f"Dom0 cannot have {self.dom0_cpus} of {self.cpus} CPUs to itself; expected at "
+                "least one for guests."
+            )
 
 
 class Host:
@@ -87,20 +99,21 @@ class Host:
         console = self._folder / "console.sock"
         console.unlink(missing_ok=True)
         seen = self.console_log.stat().st_size if self.console_log.exists() else 0
-        kernel = (
-            "base/vmlinuz console=hvc0 quiet net.ifnames=0 panic=5 "
-            f"labname={self.name},base/initramfs"
-        )
+        kernel = f"base/vmlinuz console=hvc0 quiet net.ifnames=0 panic=5 labname={self.name}"
         xen = (
             f"com1=115200,8n1 console=com1 dom0_mem={machine.dom0_mib}M,max:{machine.dom0_mib}M "
             "loglvl=warning"
         )
+        if machine.dom0_cpus:
+            xen += f" dom0_max_vcpus={machine.dom0_cpus} dom0_vcpus_pin"
+            kernel += f" labguests={machine.dom0_cpus}-{machine.cpus - 1}"
         argv = ["qemu-system-x86_64", "-name", f"host {self.name}", "-nodefaults"]
         argv += ["-display", "none", "-no-reboot", "-daemonize", "-pidfile", f"{folder}/qemu.pid"]
         argv += ["-accel", "tcg,tb-size=256", "-cpu", CPU]
         argv += ["-smp", str(machine.cpus), "-m", str(machine.memory_mib)]
         # Relative names: QEMU's multiboot loader splits at commas and blanks.
-        argv += ["-kernel", "base/xen.elf", "-append", xen, "-initrd", kernel]
+        argv += ["-kernel", "base/xen.elf", "-append", xen]
+        argv += ["-initrd", f"{kernel},base/initramfs"]
         # cache=unsafe leaves out fsync on this machine's disk, which does not lose power.
         argv += ["-drive", f"file={folder}/disk.qcow2,if=virtio,format=qcow2,cache=unsafe"]
         argv += ["-chardev"]

@@ -156,9 +156,11 @@ class Lab:
     def up(self, options: Options) -> None:
         """Bring the lab up, from fresh disks; hosts without power are booted if it is up already.
 
-        :raises LabError: a host did not come up, or the lab runs with another suite
+        :raises LabError: a host did not come up or is impossible, or the lab runs with another
+            suite
         """
         check_programs(list(NEEDED))
+        options.machine.check()
         with self._lock():
             running = [host for host in self.hosts.values() if host.is_running]
             if running and self.network.is_up:
