@@ -9,7 +9,8 @@ from typing import Any
 
 from checkpoint.codec import COMPRESSIONS
 from checkpoint.errors import ProtocolError
-from checkpoint.wire import VERSIONS, Fields
+from checkpoint.fields import Fields
+from checkpoint.wire import VERSIONS
 
 ROLES = ("replicate", "liveness")
 _PULSE_KEY = re.compile(r"([0-9a-f]{64})?")

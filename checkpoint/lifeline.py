@@ -10,8 +10,9 @@ import asyncio
 from typing import Any, NamedTuple, Protocol
 
 from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.fields import MAX_INTEGER, Fields
 from checkpoint.link import Link, LinkError
-from checkpoint.wire import MAX_INTEGER, Fields, Frame, FrameType, decode_json
+from checkpoint.wire import Frame, FrameType, decode_json
 
 STATES = ("primary", "standby", "reviving", "running", "none")
 

@@ -28,11 +28,11 @@ from typing import Any
 
 from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import GOT, PUT, reach
+from checkpoint.fields import Fields
 from checkpoint.hello import Hello
 from checkpoint.wire import (
     SPECS,
     Buffer,
-    Fields,
     Frame,
     FrameType,
     Parser,

@@ -15,11 +15,11 @@ from checkpoint.codec import Decoder, Verified
 from checkpoint.driver import PAGE_SIZE, Description, Shell
 from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import reach
+from checkpoint.fields import Fields
 from checkpoint.link import Link, LinkError, PeerRefused, PeerSilent
 from checkpoint.runstate import Runstate
 from checkpoint.stages import Stages
 from checkpoint.wire import (
-    Fields,
     Frame,
     FrameType,
     Totals,

@@ -24,6 +24,8 @@ DEFAULT_PORT: Final = 7799
 #: What to do with the guest's output when the standby is lost and does not answer.
 STANDBY_LOSS_POLICIES: Final = ("release", "hold")
 COMPRESSIONS: Final = ("none", "lz4", "zstd")
+#: Least and greatest ``interval_ms``.
+INTERVAL_MS: Final = (10, 60_000)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
@@ -109,6 +111,7 @@ class Config:
     :ivar buffer_limit: bytes of held output per guest above which the guest is stalled
     :ivar disk_rate: bytes per second at which a disk is copied at most; 0 for no limit
     :ivar resume: a restarted daemon protects the guests again that it protected before
+    :ivar reprotect: a guest that came here by a failover is protected again, to where it came from
     """
 
     host: str = ""
@@ -123,6 +126,7 @@ class Config:
     buffer_limit: int = 16 << 20
     disk_rate: int = 0
     resume: bool = True
+    reprotect: bool = True
     tls: Tls | None = None
     paths: Paths = field(default_factory=Paths)
 
@@ -266,13 +270,14 @@ def parse(untrusted: Mapping[str, Any]) -> Config:
         also=table.addresses("also", ()),
         peers=_peers(table.table("peers")),
         heartbeat_ms=table.integer("heartbeat_ms", 1000, 200, 60_000),
-        interval_ms=table.integer("interval_ms", 1000, 10, 60_000),
+        interval_ms=table.integer("interval_ms", 1000, *INTERVAL_MS),
         on_standby_loss=table.choice("on_standby_loss", "release", STANDBY_LOSS_POLICIES),
         compression=table.choice("compression", "lz4", COMPRESSIONS),
         reference_percent=table.integer("reference_percent", 100, 1, 100),
         buffer_limit=table.integer("buffer_limit", 16 << 20, 1 << 16, 1 << 30),
         disk_rate=table.integer("disk_rate", 0, 0, 1 << 40),
         resume=table.take("resume", bool, True),
+        reprotect=table.take("reprotect", bool, True),
         tls=_tls(table.table("tls")),
         paths=_paths(table.table("paths")),
     )

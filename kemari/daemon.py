@@ -158,6 +158,17 @@ class Daemon:
         if record is not None and record.role is Role.OWNER and self.host.config.resume:
             self.host.ledger.update(uuid, options=record.options | {"resume": True})
 
+    async def _forget_to_resume(self, guest: str) -> None:
+        """What an administrator has stopped stays so when the daemon is restarted."""
+
+        def without(record: Record) -> dict[str, Any]:
+            wanted = record.role is Role.OWNER and record.options.get("resume")
+            return {"options": record.options | {"resume": False}} if wanted else {}
+
+        for record in self.host.ledger:
+            if record.guest == guest:
+                await asyncio.to_thread(self.host.ledger.amend, record.uuid, without)
+
     # ---- Section: protecting ----
 
     async def protect(
@@ -184,6 +195,13 @@ class Daemon:
         protection.guest = name
         self.host.spawn(self._follow(name, protection), f"{name}: follow")
         return protection
+
+    def under_way(
+        self, name: str, standby: tuple[Address, ...], options: Options
+    ) -> Protection | None:
+        """The protection of a guest that is just this one, and there or coming about."""
+        known = self.protections.get(name)
+        return known if known is not None and known.matches(standby, options) else None
 
     async def name_of(self, domain: str) -> str:
         """The name of a domain given by name or number; unknown ones as they are."""
@@ -212,6 +230,7 @@ class Daemon:
         :raise NoSuchProtection: there is none
         """
         waiting = self._forget_again(name)
+        await self._forget_to_resume(name)
         protection = self.protections.get(name)
         if protection is None or protection.machine.over:
             self.protections.pop(name, None)
@@ -331,6 +350,9 @@ class Daemon:
         if session.machine.state is StandbyState.RUNNING:
             work = remember_takeover(self.host, session.uuid)
             self.host.spawn(work, f"{session.guest}: record the takeover")
+            record = self.host.ledger.get(session.uuid)
+            if record is not None and record.options.get("resume") and not self._closing:
+                self._protect_again(record)
 
     async def claim(self, uuid: str, name: str, session: StandbySession) -> None:
         """See :class:`kemari.standby.Registry`."""

@@ -22,8 +22,8 @@ from typing import Any, Final
 from checkpoint.driver import Disk
 from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import reach
+from checkpoint.fields import Fields
 from checkpoint.sender import Sender, Writes
-from checkpoint.wire import Fields
 from diskbuffer.disk import DiskBuffer
 from diskbuffer.errors import DiskError, ServerError, ServerGone
 from diskbuffer.held import HeldDisk

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a primary asks its standby about who owns a guest, and what it writes down of that."""
+"""What a primary asks its standby about who owns a guest, and what both write down of that."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from typing import Any
 
 from checkpoint.driver import Source
-from kemari.config import Address, Options
+from checkpoint.fields import Fields
+from kemari.config import COMPRESSIONS, INTERVAL_MS, Address, Options
 from kemari.endings import PATIENCE
 from kemari.errors import PeerError, Refused
 from kemari.host import Host
@@ -60,6 +62,19 @@ async def still_stands_by(
     return False
 
 
+def offered_options(untrusted: dict[str, Any]) -> Options:
+    """The options of ``kemari start`` in what a primary says with PREPARE.
+
+    :raise ProtocolError: they are missing, or not such options
+    """
+    fields = Fields("PREPARE.options", untrusted)
+    return Options(
+        interval_ms=fields.integer("interval_ms", *INTERVAL_MS),
+        interval_only=fields.flag("interval_only"),
+        compression=fields.choice("compression", COMPRESSIONS),
+    )
+
+
 def primary_record(
     source: Source,
     generation: int,
@@ -88,4 +103,36 @@ def primary_record(
             RECORDED: [disk.target for disk in source.disks if disk.shared and disk.writable],
         },
         reason="protection started",
+    )
+
+
+def standby_record(
+    uuid: str,
+    guest: str,
+    generation: int,
+    primary: tuple[str, str],
+    addresses: tuple[Address, ...],
+    options: Options,
+    *,
+    back: bool,
+) -> Record:
+    """What the ledger of a standby says of a guest.
+
+    :param primary: name and UUID of the host that runs it
+    :param addresses: of that host, as it has told them
+    :param back: whether, once the guest has come here, it is to be protected to where it came from
+    """
+    name, host_id = primary
+    told = [str(each) for each in addresses]
+    return Record(
+        uuid=uuid,
+        guest=guest,
+        role=Role.STANDBY,
+        generation=generation,
+        peer=name,
+        addresses=tuple(told),
+        # Whichever way this host comes to run the guest, it finds in its record what to do then.
+        options=asdict(options)
+        | {"peer_id": host_id, "standby": told, "resume": back and bool(told)},
+        reason=f"standby of {name}",
     )

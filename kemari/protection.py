@@ -8,7 +8,6 @@ happens; :mod:`kemari.cycle` does the same for the checkpoints themselves.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -82,6 +81,8 @@ class Protection:
         self._further: tuple[Address, ...] = ()
         self._port = 0
         self._gone = False
+        self._failure: BaseException | None = None
+        self._listeners: list[Callable[[Progress], None]] = []
         self._holding = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._establishing: asyncio.Task[Any] | None = None
@@ -96,10 +97,9 @@ class Protection:
 
     # ---- Section: what the daemon calls ----
 
-    async def establish(self, report: Callable[[Progress], None] = lambda progress: None) -> None:
+    async def establish(self) -> None:
         """Bring the protection about; returns when the first checkpoint is acknowledged.
 
-        :param report: called as the base copy goes on
         :raise CheckpointError, KemariError: it cannot be; the guest runs on as before, nothing of
             the protection is left on either host
         """
@@ -110,22 +110,47 @@ class Protection:
             pages, percent = source.description.pages, self._host.config.reference_percent
             room, compression = max(1, pages * percent // 100), self.options.compression
             self._encoder = Encoder(pages, compression=compression, reference_pages=room)
-            await self._copy(source, self._encoder, sender, report)
+            await self._copy(source, self._encoder, sender)
             await self._begin(source, self._encoder, sender)
         except asyncio.CancelledError:
-            await self._undo(self.stopped or "kemarid stops")
+            why = self.stopped or "kemarid stops"
+            self._failure = Refused(f"{self.guest} is not protected: {why}")
+            await self._undo(why)
             if self.stopped:
-                raise Refused(f"{self.guest} is not protected: {self.stopped}") from None
+                raise self._failure from None
             raise
         except BaseException as error:
+            self._failure = error
             await self._undo(str(error) or type(error).__name__)
             raise
         finally:
             self._establishing = None
         # From here on the machine answers for what becomes of the guest.
-        await first_of(self.protected.wait(), self.ended.wait())
+        await self.established()
+
+    async def established(self, report: Callable[[Progress], None] | None = None) -> None:
+        """Wait until the first checkpoint is acknowledged, whoever has it brought about.
+
+        :param report: called as the base copy goes on
+        :raise CheckpointError, KemariError: as :meth:`establish`
+        """
+        listener = report or (lambda progress: None)
+        self._listeners.append(listener)
+        try:
+            await first_of(self.protected.wait(), self.ended.wait())
+        finally:
+            self._listeners.remove(listener)
         if not self.protected.is_set():
-            raise PeerError(f"The first checkpoint of {self.guest} failed: {self.why}")
+            raise self._failure or PeerError(
+                f"The first checkpoint of {self.guest} failed: {self.why}"
+            )
+
+    def matches(self, standby: tuple[Address, ...], options: Options) -> bool:
+        """Whether this is the protection that is asked for, and it is there or comes about."""
+        goes_on = self.machine.state in (PrimaryState.COPYING, PrimaryState.PROTECTED)
+        known = {*self.addresses, *self._further}
+        same = options == self.options and not known.isdisjoint(standby)
+        return goes_on and same and not self.stopped
 
     async def cancel(self) -> None:
         """End a protection that is still coming about; returns when nothing of it is left."""
@@ -211,6 +236,10 @@ class Protection:
 
     # ---- Section: coming about ----
 
+    def _report(self) -> None:
+        for listener in tuple(self._listeners):
+            listener(self.progress)
+
     def _open_source(self) -> Source:
         self._source = self._host.hypervisor.open_source(self.domain)
         return self._source
@@ -242,15 +271,12 @@ class Protection:
             self.note("disk", text)
         return self._sender
 
-    async def _copy(
-        self, source: Source, encoder: Encoder, sender: Sender, report: Callable[[Progress], None]
-    ) -> None:
+    async def _copy(self, source: Source, encoder: Encoder, sender: Sender) -> None:
         self.why = "first copy under way"
         await in_thread(source.track)
         self.progress.begin()
-        told = functools.partial(report, self.progress)
-        await self._disks.copy(sender, self._host.config.disk_rate, self.progress, told)
-        await base_copy(source, encoder, sender, self.progress, told, self._disks.end_base)
+        await self._disks.copy(sender, self._host.config.disk_rate, self.progress, self._report)
+        await base_copy(source, encoder, sender, self.progress, self._report, self._disks.end_base)
         self.statistics.base_bytes = self.progress.wire_bytes
 
     async def _begin(self, source: Source, encoder: Encoder, sender: Sender) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from checkpoint.errors import CheckpointError, ProtocolError, ReviveError
 from checkpoint.faultpoints import reach
-from checkpoint.wire import Fields
+from checkpoint.fields import Fields
 from diskbuffer import bitmap
 from diskbuffer.errors import DiskError, RecordError
 from diskbuffer.metadata import state_folder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.driver import Disk
 from kemari import __version__
-from kemari.config import COMPRESSIONS, Options
+from kemari.config import COMPRESSIONS, INTERVAL_MS, Options
 from kemari.control import Progress
 from kemari.disks import SourceDisks
 from kemari.errors import NoSuchProtection, Refused
@@ -131,20 +131,19 @@ class Requests:
         if compression not in COMPRESSIONS:
             raise Refused(f"compression is {compression!r}; expected {', '.join(COMPRESSIONS)}")
         options = Options(
-            interval_ms=arguments.number("interval_ms", config.interval_ms, 10, 60_000),
+            interval_ms=arguments.number("interval_ms", config.interval_ms, *INTERVAL_MS),
             interval_only=arguments.flag("interval_only"),
             compression=compression,
         )
         standby = config.resolve_peer(arguments.text("standby"))
-        protection = await self._daemon.protect(domain, standby, options)
-        establishing = self._daemon.host.spawn_quiet(
-            protection.establish(lambda figures: progress(figures.as_json())),
-            f"{domain}: start",
-        )
-        if not arguments.flag("wait", True):
-            return protection.status()
-        # A client that goes away does not end the protection that it has asked for.
-        await asyncio.shield(establishing)
+        name = await self._daemon.name_of(domain)
+        protection = self._daemon.under_way(name, standby, options)
+        if protection is None:
+            protection = await self._daemon.protect(domain, standby, options)
+            # A client that goes away does not end the protection that it has asked for.
+            self._daemon.host.spawn_quiet(protection.establish(), f"{domain}: start")
+        if arguments.flag("wait", True):
+            await protection.established(lambda figures: progress(figures.as_json()))
         return protection.status()
 
     async def _stop(self, arguments: Arguments, progress: Progress) -> Any:
@@ -199,7 +198,8 @@ class Requests:
         for record in daemon.again.values():
             if record.guest not in known:
                 known.add(record.guest)
-                found.append(_remembered(record))
+                again = f"{record.reason}; to be protected again when {record.peer} is back"
+                found.append(_remembered(record) | {"why": again})
         here = {name for _, name in await asyncio.to_thread(daemon.host.hypervisor.domains)}
         for record in daemon.host.ledger:
             if record.guest in known:

@@ -30,12 +30,13 @@ from kemari.actions import (
     Revive,
     TellRunning,
 )
-from kemari.config import Address
+from kemari.config import Address, Options
 from kemari.epoch import Standby, StandbyState
 from kemari.errors import KemariError
 from kemari.host import Host, host_is_alive
 from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Verdict, Watch
+from kemari.ownership import offered_options, standby_record
 from kemari.peers import Peers, further_addresses
 from kemari.replicas import StandbyDisks
 
@@ -202,6 +203,7 @@ class StandbySession:
             raise CheckpointError("The description has no proper name and UUID of a guest")
         if not 0 < untrusted.pages <= MAX_PAGES:
             raise CheckpointError(f"{untrusted.pages} pages of guest memory are not possible")
+        wanted = offered_options(options)
         known = host.ledger.generation(description.uuid)
         if generation <= known:
             raise StaleGeneration(
@@ -219,7 +221,7 @@ class StandbySession:
             self.note("cleaned", f"removed an old shell of {self.guest}")
         try:
             # Before the shell, which a restarted daemon would not know of otherwise.
-            await asyncio.to_thread(host.ledger.put, self._record(generation))
+            await asyncio.to_thread(host.ledger.put, self._record(wanted))
         except KemariError as error:
             raise CheckpointError(str(error)) from error
         reach("standby-recorded")
@@ -236,16 +238,10 @@ class StandbySession:
         self._watching.set()
         return self._shell, {"host": host.config.host, "disks": answers}
 
-    def _record(self, generation: int) -> Record:
-        return Record(
-            uuid=self.uuid,
-            guest=self.guest,
-            role=Role.STANDBY,
-            generation=generation,
-            peer=self.primary,
-            addresses=tuple(str(each) for each in self._further),
-            options={"peer_id": self.primary_id},
-            reason=f"standby of {self.primary}",
+    def _record(self, options: Options) -> Record:
+        primary, back = (self.primary, self.primary_id), self._host.config.reprotect
+        return standby_record(
+            self.uuid, self.guest, self.generation, primary, self._further, options, back=back
         )
 
     async def writes(self, epoch: int, disk: int, untrusted_records: memoryview) -> None:

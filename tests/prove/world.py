@@ -146,6 +146,7 @@ class World:
                 heartbeat_ms=int(HEARTBEAT * 1000),
                 interval_ms=200,
                 on_standby_loss=policy,
+                reprotect=False,
                 paths=Paths(self._folder / name / "state", self._folder / name / "run"),
                 **changes,
             )

@@ -348,6 +348,7 @@ class Pair:
                 peers={other: (link[other],) for other in names if other != name},
                 heartbeat_ms=heartbeat_ms,
                 interval_ms=50,
+                reprotect=False,  # what becomes of a guest that came here is each test's own matter
                 paths=Paths(folder / name / "state", folder / name / "run"),
             )
             config = replace(config, **changes)

@@ -318,7 +318,8 @@ def test_refusals(tmp_path: Path) -> None:
             pair.a.request("status", domain="web")
         pair.protect()
         with pytest.raises(Refused, match="protected already"):
-            pair.protect()
+            pair.protect(interval_ms=70)
+        assert pair.protect()["generation"] == 1
         with pytest.raises(Refused, match="runs on a"):
             pair.b.request("failover", domain="web")
         pair.talk(3)

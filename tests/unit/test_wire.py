@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoint.errors import ProtocolError
+from checkpoint.fields import Fields
 from checkpoint.wire import (
     HEADER,
     MAX_AGE_NS,
@@ -17,7 +18,6 @@ from checkpoint.wire import (
     MAX_PAGES,
     MAX_STATE,
     SPECS,
-    Fields,
     Frame,
     FrameType,
     Parser,

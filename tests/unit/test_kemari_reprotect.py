@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After a failover the guest is protected again, by itself, to the host that it came from."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.errors import ProtocolError
+from checkpoint.memory import MemorySource
+from kemari import daemon
+from kemari.config import Options
+from kemari.errors import NoSuchProtection, Refused
+from kemari.ledger import Role
+from kemari.ownership import offered_options
+from tests.unit.kemari_pair import Machine, Pair, await_true
+from tests.unit.patience import PATIENCE
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "AGAIN", 0.05)
+    monkeypatch.setattr(daemon, "AGAIN_LIMIT", 0.05)
+
+
+def await_protected(machine: Machine, peer: str) -> dict[str, Any]:
+    """Until the guest that runs there is protected to that host."""
+
+    def protected() -> dict[str, Any] | None:
+        status = machine.status("web") if machine.state("web") else {}
+        return status if status.get("role") == "primary" and status["protected"] else None
+
+    status: dict[str, Any] = await_true(protected, f"{machine.name} protects it to {peer}")
+    assert status["peer"] == peer
+    return status
+
+
+def await_owner(machine: Machine) -> None:
+    """Until the guest runs there."""
+    await_true(lambda: machine.hypervisor.guests.get("web"), f"{machine.name} runs it")
+
+
+def recorded(machine: Machine) -> dict[str, Any]:
+    """The options in the guest's record."""
+    assert machine.daemon
+    record = machine.daemon.host.ledger.by_name("web")
+    assert record is not None
+    return record.options
+
+
+def test_power_cuts_to_and_fro_need_no_administrator(tmp_path: Path) -> None:
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect(interval_ms=70, compression="zstd")
+        primary, standby = pair.a, pair.b
+        for _ in range(3):
+            pair.talk(5)
+            primary.power_cut()
+            pair.talk(5)
+            primary.power_on()
+            status = await_protected(standby, primary.name)
+            assert status["options"] == {
+                "interval_ms": 70,
+                "interval_only": False,
+                "compression": "zstd",
+            }
+            primary, standby = standby, primary
+        pair.check_answers()
+
+
+def test_a_planned_move_keeps_the_protection(tmp_path: Path) -> None:
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.request("failover", domain="web")
+        await_protected(pair.b, "a")
+        assert pair.a.status("web")["role"] == "standby"
+        pair.talk(3)
+        pair.b.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_a_restarted_daemon_remembers(tmp_path: Path) -> None:
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        await_true(lambda: pair.b.state("web") == "unprotected", "b has recorded that it runs it")
+        pair.b.kill()
+        pair.b.start()
+        pair.a.power_on()
+        await_protected(pair.b, "a")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_who_does_not_want_it_has_none(tmp_path: Path) -> None:
+    with Pair(tmp_path, reprotect=False) as pair:
+        pair.protect()
+        pair.a.request("failover", domain="web")
+        assert pair.b.daemon
+        assert pair.b.daemon.again == {}
+        assert recorded(pair.b)["resume"] is False
+
+
+@pytest.mark.parametrize("good", [True, False], ids=["restarted", "killed"])
+def test_what_was_stopped_stays_so(tmp_path: Path, good: bool) -> None:
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        await_owner(pair.b)
+        await_true(lambda: pair.b.daemon and pair.b.daemon.again, "it is to be protected again")
+        said = pair.b.request("stop", domain="web")
+        assert said["text"] == "web is not protected again"
+        assert recorded(pair.b)["resume"] is False
+        (pair.b.stop if good else pair.b.kill)()
+        pair.b.start()
+        assert pair.b.daemon
+        assert pair.b.daemon.again == {}
+        with pytest.raises(NoSuchProtection):
+            pair.b.request("stop", domain="web")
+
+
+def test_a_start_that_finds_it_under_way_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, go_on = threading.Event(), threading.Event()
+    track = MemorySource.track
+
+    def slow(source: MemorySource) -> None:
+        copies.set()
+        assert go_on.wait(PATIENCE)
+        track(source)
+
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        monkeypatch.setattr(MemorySource, "track", slow)
+        pair.a.request("failover", domain="web")
+        assert copies.wait(PATIENCE)
+        with pytest.raises(Refused, match="web is connecting already, to a"):
+            pair.b.request("start", domain="web", standby="a", interval_ms=90)
+        found: list[dict[str, Any]] = []
+        asked = threading.Thread(
+            target=lambda: found.append(pair.b.request("start", domain="web", standby="a"))
+        )
+        asked.start()
+        go_on.set()
+        asked.join(PATIENCE)
+        assert [(each["protected"], each["generation"]) for each in found] == [(True, 3)]
+        assert pair.b.events("web").count("start") == 1
+
+
+def test_a_start_that_finds_it_under_way_hears_that_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, go_on = threading.Event(), threading.Event()
+
+    def slow(source: MemorySource) -> None:
+        copies.set()
+        assert go_on.wait(PATIENCE)
+
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        monkeypatch.setattr(MemorySource, "track", slow)
+        pair.a.request("failover", domain="web")
+        assert copies.wait(PATIENCE)
+        failed: list[Refused] = []
+
+        def ask() -> None:
+            with pytest.raises(Refused) as caught:
+                pair.b.request("start", domain="web", standby="a")
+            failed.append(caught.value)
+
+        asked = threading.Thread(target=ask)
+        asked.start()
+        protection = pair.b.daemon.protections["web"] if pair.b.daemon else None
+        assert protection is not None
+        await_true(lambda: len(protection._listeners), "somebody waits for it")
+        stopped = threading.Thread(target=lambda: pair.b.request("stop", domain="web"))
+        stopped.start()
+        await_true(lambda: protection.stopped, "it is being stopped")
+        go_on.set()
+        for thread in (asked, stopped):
+            thread.join(PATIENCE)
+        assert [str(error) for error in failed] == ["web is not protected: stopped, as asked"]
+        assert pair.b.daemon
+        assert pair.b.daemon.again == {}
+        assert recorded(pair.b)["resume"] is False
+
+
+GOOD = {"interval_ms": 50, "interval_only": False, "compression": "lz4", "disks": []}
+
+
+def test_the_primarys_options_are_taken_over() -> None:
+    assert offered_options(GOOD) == Options(interval_ms=50)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("interval_ms", 9),
+        ("interval_ms", True),
+        ("interval_ms", None),
+        ("interval_only", 1),
+        ("interval_only", "no"),
+        ("compression", "brotli"),
+        ("compression", None),
+    ],
+)
+def test_options_that_are_none_are_refused(key: str, value: object) -> None:
+    with pytest.raises(ProtocolError, match=f"PREPARE.options has .*{key}"):
+        offered_options(GOOD | {key: value})
+
+
+def test_a_guest_that_came_back_to_its_first_host_is_the_owners(tmp_path: Path) -> None:
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        for here, there in ((pair.a, pair.b), (pair.b, pair.a)):
+            here.request("failover", domain="web")
+            await_protected(there, here.name)
+        assert pair.a.daemon
+        record = pair.a.daemon.host.ledger.by_name("web")
+        assert record is not None
+        assert (record.role, record.generation) == (Role.PRIMARY, 5)
