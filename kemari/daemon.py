@@ -295,6 +295,7 @@ class Daemon:
             protection: Protection | None = None
             try:
                 protection = await self.protect(guest, standby, options)
+                protection.by_itself = True
                 await protection.establish()
                 return
             except (CheckpointError, KemariError) as error:

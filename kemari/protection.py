@@ -48,6 +48,7 @@ class Protection:
     :param addresses: of the standby, best first
     :ivar protected: set by the first acknowledged checkpoint
     :ivar ended: set once the protection is over, whatever the end was
+    :ivar by_itself: nobody waits for it: one attempt of many
     :ivar stopped: why it was asked to end; "" if it was not
     :ivar lost: it ended because the standby was lost, not because somebody wanted it
     """
@@ -80,6 +81,7 @@ class Protection:
         self._standby_id = ""
         self._further: tuple[Address, ...] = ()
         self._port = 0
+        self.by_itself = False
         self._gone = False
         self._failure: BaseException | None = None
         self._listeners: list[Callable[[Progress], None]] = []
@@ -209,6 +211,11 @@ class Protection:
         if self.machine.state is PrimaryState.PROTECTED and not self.protected.is_set():
             return "copying"
         return self.machine.state.name.lower().replace("_", "-")
+
+    @property
+    def only_tried(self) -> bool:
+        """Whether it has not even begun, and may never: nothing that is worth telling."""
+        return self.by_itself and self.state == "connecting"
 
     def status(self) -> dict[str, Any]:
         """What ``kemari status`` shows."""

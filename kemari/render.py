@@ -58,7 +58,8 @@ def _headline(status: Status) -> str:
         case "standby":
             return f"runs on {peer}, {host} stands by ({status['state']})"
         case "owner":
-            return f"runs on {host} UNPROTECTED, came from {status['came_from'] or peer}"
+            came = f", came from {status['came_from']}" if status["came_from"] else ""
+            return f"runs on {host} UNPROTECTED{came}"
         case "none":
             return f"{host} stands by no more for {peer}, and keeps copies of its disks"
     return f"runs on {peer}; {host} must not run it"

@@ -193,9 +193,12 @@ class Requests:
         daemon = self._daemon
         found = [recovery.status() for recovery in daemon.recoveries.values()]
         found += [session.status() for session in daemon.sessions.values() if session.uuid]
-        found += [protection.status() for protection in daemon.protections.values()]
+        begun = [each for each in daemon.protections.values() if not each.only_tried]
+        found += [protection.status() for protection in begun]
         known = {status["guest"] for status in found}
-        for record in daemon.again.values():
+        tried = (each.guest for each in daemon.protections.values() if each.only_tried)
+        attempts = filter(None, map(daemon.host.ledger.by_name, tried))
+        for record in (*daemon.again.values(), *attempts):
             if record.guest not in known:
                 known.add(record.guest)
                 again = f"{record.reason}; to be protected again when {record.peer} is back"

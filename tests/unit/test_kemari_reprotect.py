@@ -70,6 +70,28 @@ def test_power_cuts_to_and_fro_need_no_administrator(tmp_path: Path) -> None:
         pair.check_answers()
 
 
+def test_attempts_in_vain_are_no_protection(tmp_path: Path) -> None:
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        await_owner(pair.b)
+
+        def trying() -> bool:
+            known = pair.b.daemon.protections.get("web") if pair.b.daemon else None
+            return known is not None and known.only_tried
+
+        await_true(trying, "b tries to protect it")
+        status = pair.b.status("web")
+        assert (status["role"], status["state"], status["came_from"]) == (
+            "owner",
+            "unprotected",
+            "a",
+        )
+        assert status["why"].endswith("; to be protected again when a is back")
+        assert [each["state"] for each in pair.b.request("list")] == ["unprotected"]
+
+
 def test_a_planned_move_keeps_the_protection(tmp_path: Path) -> None:
     with Pair(tmp_path, reprotect=True) as pair:
         pair.protect()
