@@ -152,7 +152,7 @@ MEASURED void measured_apply(void)
 MEASURED void measured_scan(void)
 {
     uint64_t found = bitmap_count(bitmap, bitmap_bytes * 8);
-    sink = bitmap_scan(bitmap, bitmap_bytes * 8, scanned, found);
+    sink = bitmap_scan(bitmap, bitmap_bytes * 8, 0, scanned, found);
 }
 
 MEASURED void measured_stage(void) /* a scan that leaves out what was staged before */

@@ -24,9 +24,10 @@ static PyObject *scan_bitmap(PyObject *self, PyObject *args)
     (void)self;
     Py_buffer bitmap, out;
     Py_ssize_t nbits;
+    unsigned long long first = 0;
     PyObject *result = NULL;
 
-    if (!PyArg_ParseTuple(args, "y*nw*:scan_bitmap", &bitmap, &nbits, &out))
+    if (!PyArg_ParseTuple(args, "y*nw*|K:scan_bitmap", &bitmap, &nbits, &out, &first))
         return NULL;
     if (nbits < 0 || nbits > bitmap.len * 8) {
         PyErr_Format(PyExc_ValueError, "a bitmap of %zd bytes does not have %zd bits", bitmap.len,
@@ -36,7 +37,7 @@ static PyObject *scan_bitmap(PyObject *self, PyObject *args)
         Py_BEGIN_ALLOW_THREADS
         total = bitmap_count(bitmap.buf, (uint64_t)nbits);
         if (total <= room)
-            used = bitmap_scan(bitmap.buf, (uint64_t)nbits, out.buf, room);
+            used = bitmap_scan(bitmap.buf, (uint64_t)nbits, first, out.buf, room);
         Py_END_ALLOW_THREADS
         if (total > room)
             PyErr_Format(PyExc_OverflowError, "%llu bits are set, room for %llu",

@@ -41,8 +41,10 @@ static uint64_t bitmap_count(const uint8_t *bitmap, uint64_t nbits)
     return total;
 }
 
-/* Numbers of the set bits, ascending, at most room of them.  Returns how many were written. */
-static uint64_t bitmap_scan(const uint8_t *bitmap, uint64_t nbits, uint64_t *out, uint64_t room)
+/* Numbers of the set bits, of which the first one's is given, ascending, at most room of them.
+ * Returns how many were written. */
+static uint64_t bitmap_scan(const uint8_t *bitmap, uint64_t nbits, uint64_t first, uint64_t *out,
+                            uint64_t room)
 {
     uint64_t used = 0;
     uint64_t words = nbits / 64;
@@ -51,7 +53,7 @@ static uint64_t bitmap_scan(const uint8_t *bitmap, uint64_t nbits, uint64_t *out
         while (word) {
             if (used == room)
                 return used;
-            out[used++] = i * 64 + (uint64_t)__builtin_ctzll(word);
+            out[used++] = first + i * 64 + (uint64_t)__builtin_ctzll(word);
             word &= word - 1;
         }
     }
@@ -59,7 +61,7 @@ static uint64_t bitmap_scan(const uint8_t *bitmap, uint64_t nbits, uint64_t *out
         if ((bitmap[bit / 8] >> (bit % 8)) & 1u) {
             if (used == room)
                 return used;
-            out[used++] = bit;
+            out[used++] = first + bit;
         }
     }
     return used;

@@ -43,7 +43,7 @@ def _words(buffer: Any, name: str) -> memoryview:
     return view.cast("Q")
 
 
-def scan_bitmap(bitmap: Any, nbits: int, out: Any) -> int:
+def scan_bitmap(bitmap: Any, nbits: int, out: Any, first: int = 0) -> int:
     source = _bytes(bitmap)
     if not 0 <= nbits <= len(source) * 8:
         raise ValueError(f"a bitmap of {len(source)} bytes does not have {nbits} bits")
@@ -53,10 +53,10 @@ def scan_bitmap(bitmap: Any, nbits: int, out: Any) -> int:
     if total > len(target):
         raise OverflowError(f"{total} bits are set, room for {len(target)}")
     used = 0
-    for first in range(0, nbits, 64):
-        word = (bits >> first) & 0xFFFFFFFFFFFFFFFF
+    for start in range(0, nbits, 64):
+        word = (bits >> start) & 0xFFFFFFFFFFFFFFFF
         while word:
-            target[used] = first + (word & -word).bit_length() - 1
+            target[used] = first + start + (word & -word).bit_length() - 1
             used += 1
             word &= word - 1
     return used

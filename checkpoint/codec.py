@@ -34,6 +34,8 @@ MAX_BATCH_PAGES = 2040
 BATCH_PAGES = 256
 """Pages in a batch unless told otherwise: 1 MiB stays in a core's cache between the loops."""
 
+_MAP_NORESERVE = 0x4000  # mmap(2); the module has no name for it
+
 _COMPRESSION_MASK = 3
 _STATE_XOR = 4
 _PREFIX = struct.Struct("<II")
@@ -139,7 +141,7 @@ class Encoder:
         self._room = pages if reference_pages is None else reference_pages
         if self._room < 1:
             raise ValueError(f"a reference of {self._room} pages, expected at least 1")
-        self._memory = _sparse(pages * PAGE_SIZE)
+        self._memory = sparse(pages * PAGE_SIZE)
         self._reference = memoryview(self._memory)
         self._have = bytearray(pages)
         self._hand = 0
@@ -295,12 +297,13 @@ class Decoder:
         return body
 
 
-def _sparse(size: int) -> mmap.mmap:
+def sparse(size: int) -> mmap.mmap:
     """Zeros that take memory page by page as they are first written, and none for being read.
 
     Nothing is cleared here, which for a large guest would stop the whole process for seconds.
     """
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Without a reservation: a guest may be larger than Dom0, whose memory is not counted that way.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     # A child would get copies of what is written until it runs its own program.
     memory.madvise(mmap.MADV_DONTFORK)
     try:

@@ -20,7 +20,7 @@ from checkpoint import _twin
 class Loops(Protocol):
     """What ``checkpoint._native`` and ``checkpoint._twin`` both are."""
 
-    def scan_bitmap(self, bitmap: Any, nbits: int, out: Any, /) -> int: ...
+    def scan_bitmap(self, bitmap: Any, nbits: int, out: Any, first: int = 0, /) -> int: ...
     def gather(self, memory: Any, gfns: Any, count: int, out: Any, /) -> None: ...
     def first_set(self, bitmap: Any, gfns: Any, /) -> int: ...
     def stage(
@@ -67,16 +67,17 @@ RECORD_MOST = 8 + 4096
 """Greatest number of bytes that :func:`encode_pages` writes for a page."""
 
 
-def scan_bitmap(bitmap: Any, nbits: int, out: Any) -> int:
+def scan_bitmap(bitmap: Any, nbits: int, out: Any, first: int = 0) -> int:
     """Write the numbers of the set bits among the first ``nbits`` to ``out``, ascending.
 
     :param bitmap: bit i is bit ``i % 8`` of byte ``i // 8``, as in Xen's dirty log
     :param out: ``array('Q')``
+    :param first: the number of bit 0
     :return: how many they are
     :raise OverflowError: ``out`` is too small; it is unchanged, the message has the number
     :raise ValueError: the bitmap has not so many bits
     """
-    return _loops.scan_bitmap(bitmap, nbits, out)
+    return _loops.scan_bitmap(bitmap, nbits, out, first)
 
 
 def gather(memory: Any, gfns: Any, count: int, out: Any) -> None:

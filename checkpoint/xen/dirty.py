@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Iterator
 from typing import Final
 
 from checkpoint import native
@@ -24,6 +25,10 @@ from checkpoint.xen.libs import Libraries, ffi, libraries
 
 #: XEN_DOMCTL_SHADOW_OP_* (xen/include/public/domctl.h)
 _OFF, _ENABLE_LOGDIRTY, _CLEAN, _PEEK = 0, 2, 11, 12
+
+#: Frames looked at together: a multiple of 8.  A list of all of a large guest's would take Dom0's
+#: memory for nothing.
+_WINDOW: Final = 1 << 15
 
 #: The first frame of RAM: ``meminit_hvm`` (``xg_dom_x86.c``) fills a PVH guest's memory from there
 #: on, and Linux leaves it alone for fear of firmware (``early_reserve_memory`` in
@@ -129,11 +134,19 @@ class DirtyLog:
         if result < 0:
             raise HypervisorError("xendevicemodel_modified_memory", ffi.errno)
 
+    def frames(self) -> Iterator[array[int]]:
+        """Frames of the log that was read, ascending, some at a time."""
+        found = array("Q", bytes(8 * _WINDOW))
+        for first in range(0, self._pages, _WINDOW):
+            count = min(_WINDOW, self._pages - first)
+            window = self.bitmap[first // 8 : (first + count + 7) // 8]
+            yield found[: native.scan_bitmap(window, count, found, first)]
+
     def _give_back(self) -> None:
         """Put what was just read back into the log: another program waits for it."""
-        frames = array("Q", bytes(8 * self._pages))
-        for frame in frames[: native.scan_bitmap(self.bitmap, self._pages, frames)]:
-            self._report(frame)
+        for frames in self.frames():
+            for frame in frames:
+                self._report(frame)
 
     def _control(self, operation: int) -> None:
         result = self._libs.xc.xc_logdirty_control(

@@ -45,15 +45,16 @@ class Mapping:
         self._libs = libs or libraries()
         self._count = len(gfns)
         self._prot = _PROT_READ | (_PROT_WRITE if writable else 0)
-        errors = ffi.new("int[]", self._count)
+        errors, self.holes = ffi.new("int[]", _PIECE), []
         self._address: Any = self._reserve()
         # In pieces: mapping a page costs the kernel so much that one call for a whole guest would
         # keep a processor from everything else, heartbeats included, for a second or more.
         for start in range(0, self._count, _PIECE):
-            piece = ffi.new("xen_pfn_t[]", list(gfns[start : start + _PIECE]))
+            frames = gfns[start : start + _PIECE]
+            piece = ffi.new("xen_pfn_t[]", list(frames))
             result = self._libs.fmem.xenforeignmemory_map2(
                 self._libs.fmemh, domid, self._at(start), self._prot, _MAP_FIXED,
-                len(piece), piece, errors + start,
+                len(piece), piece, errors,
             )  # fmt: skip
             if result == ffi.NULL:
                 error = ffi.errno
@@ -61,12 +62,14 @@ class Mapping:
                 raise HypervisorError(
                     "xenforeignmemory_map2", error, f"{self._count} frames of domain {domid}"
                 )
-        self.holes = [i for i in range(self._count) if errors[i]]
-        if self.holes and not allow_holes:
-            first = self.holes[0]
-            error = -errors[first]
-            self.close()
-            raise HypervisorError("xenforeignmemory_map2", error, f"guest frame {gfns[first]:#x}")
+            missing = [i for i, error in enumerate(errors[0 : len(piece)]) if error]
+            if missing and not allow_holes:
+                error = -errors[missing[0]]
+                self.close()
+                raise HypervisorError(
+                    "xenforeignmemory_map2", error, f"guest frame {frames[missing[0]]:#x}"
+                )
+            self.holes += [start + i for i in missing]
         self.view = memoryview(ffi.buffer(self._address, self._count * PAGE_SIZE)).cast("B")
         if not writable:
             self.view = self.view.toreadonly()

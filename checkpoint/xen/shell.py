@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from typing import Any
 
@@ -106,7 +107,7 @@ def create(description: Description) -> XenShell:
         shell_stream(
             config,
             xen=(major, minor),
-            gfns=[*ram, *sorted([*static, *detail["special"]])],
+            gfns=itertools.chain(ram, sorted([*static, *detail["special"]])),
             cpuid=bytes.fromhex(detail["cpuid"]),
             msrs=bytes.fromhex(detail["msrs"]),
             params={int(key): value for key, value in detail["params"].items()},

@@ -110,7 +110,6 @@ class XenSource:
                 "Q", (gfn for gfn in self._holes if gfn not in self._layout.grants.gfns)
             )
             self._rest = Rest(self._ram.view, self._memory, self._layout)
-            self._found = array("Q", bytes(8 * self._pages))
             self._carried: bytes | None = None
             self._log_was_read = False
             callback = self._domain.get_param(HVM_PARAM_CALLBACK_IRQ)
@@ -216,15 +215,18 @@ class XenSource:
     def base_round(self) -> Iterable[array[int]]:
         if self._first_round:
             self._first_round = False
-            holes = set(self._holes)
-            everything = array("Q", (g for g in range(self._pages) if g not in holes))
-            count = len(everything)
+            rounds: Iterable[array[int]] = (
+                array("Q", range(first, min(first + _BATCH, self._pages)))
+                for first in range(0, self._pages, _BATCH)
+            )
         else:
             self._log.read_and_clean()
-            everything = self._found
-            count = self._scan()
-        for start in range(0, count, _BATCH):
-            yield everything[start : min(start + _BATCH, count)]
+            self._check_holes()
+            rounds = self._log.frames()
+        for frames in rounds:
+            count = native.subtract(frames, len(frames), self._holes)
+            for start in range(0, count, _BATCH):
+                yield frames[start : min(start + _BATCH, count)]
 
     def copy_live(self, gfns: array[int], staging: Staging) -> None:
         staging.clear()
@@ -392,15 +394,6 @@ class XenSource:
         filled = native.first_set(self._log.bitmap, self._no_memory)
         if filled >= 0:
             raise _given_memory(filled)
-
-    def _scan(self) -> int:
-        """Put the frames of the log that was read into ``_found``; how many they are.
-
-        :raise UnsupportedGuest: among them is one that the guest did not have when it was mapped
-        """
-        self._check_holes()
-        count = native.scan_bitmap(self._log.bitmap, self._pages, self._found)
-        return native.subtract(self._found, count, self._holes)
 
     def _merge_carried(self) -> None:
         assert self._carried is not None

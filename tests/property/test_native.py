@@ -42,9 +42,9 @@ def frames(most: int = PAGES) -> st.SearchStrategy[list[int]]:
     return st.lists(st.one_of(st.integers(0, most), st.integers(0, 2**64 - 1)), max_size=8)
 
 
-@given(st.binary(max_size=80), st.integers(-1, 660), st.integers(0, 100))
-def test_scan_bitmap(bitmap: bytes, nbits: int, room: int) -> None:
-    same("scan_bitmap", lambda: (bitmap, nbits, array("Q", bytes(8 * room))))
+@given(st.binary(max_size=80), st.integers(-1, 660), st.integers(0, 100), st.integers(0, 2**60))
+def test_scan_bitmap(bitmap: bytes, nbits: int, room: int, first: int) -> None:
+    same("scan_bitmap", lambda: (bitmap, nbits, array("Q", bytes(8 * room)), first))
 
 
 @given(frames(), st.integers(-1, 9), st.integers(0, 8), st.integers(0, 100))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Iterable
+from pathlib import Path
 
 import lz4.block
 import pytest
@@ -141,6 +142,16 @@ def test_zero_pages_take_no_memory() -> None:
     list(encoder.encode(staged((gfn, b"") for gfn in range(PAGES))))
     assert encoder.held == 0
     assert encoder.figures.zero == PAGES
+
+
+def test_a_guest_may_have_more_memory_than_this_host() -> None:
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    pages = 2 * sum(int(memory[name].split()[0]) for name in ("MemTotal", "SwapTotal")) // 4
+    encoder = Encoder(pages, reference_pages=10)
+    content = random.Random(1).randbytes(PAGE_SIZE)
+    assert sum(coded.pages for coded in encoder.encode(staged([(pages - 1, content)]))) == 1
+    assert list(encoder.encode(staged([(pages - 1, content)]))) == []
+    encoder.close()
 
 
 def test_a_reference_of_nothing_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from checkpoint.driver import PAGE_SIZE
 from checkpoint.errors import HypervisorError, LogTaken, UnsupportedGuest
+from checkpoint.xen.dirty import _WINDOW as WINDOW
 from checkpoint.xen.dirty import MARK_FRAME, DirtyLog, left_behind, switch_off
 from checkpoint.xen.libs import ffi
 from tests.unit.xen_fakes import FakeDomain, FakeXen
@@ -261,3 +262,16 @@ def test_whose_log_it_is(xen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found.append(left_behind(DOMID))
     assert found == [False, True, False]
     assert len(xen.buffers) == 1, "that of the other program"
+
+
+def test_frames_of_a_large_guest_come_some_at_a_time(xen: Any) -> None:
+    pages = 3 * WINDOW + 11
+    xen.add(DOMID + 1, pages)
+    log = DirtyLog(DOMID + 1, pages, xen)
+    log.enable()
+    wanted = [MARK_FRAME, 7, WINDOW - 1, WINDOW, 3 * WINDOW, pages - 1]
+    for gfn in wanted:
+        log.bitmap[gfn // 8] |= 1 << gfn % 8
+    parts = list(log.frames())
+    assert [gfn for part in parts for gfn in part] == wanted
+    assert len(parts) == 4
