@@ -213,7 +213,7 @@ class Daemon:
 
     async def _follow(self, name: str, protection: Protection) -> None:
         """After a protection ended, forget it, or see to it that it is tried again."""
-        await protection.ended.wait()
+        await protection.coming.ended.wait()
         self._stragglers.look(protection.uuid)
         if self._closing or self.protections.get(name) is not protection:
             return

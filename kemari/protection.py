@@ -22,6 +22,7 @@ from checkpoint.link import Link, PeerRefused
 from checkpoint.runstate import StateError
 from checkpoint.sender import Declined, Sender
 from kemari import actions as act
+from kemari.coming import Coming
 from kemari.config import Address, Options
 from kemari.copying import Progress, base_copy
 from kemari.cycle import Cycle
@@ -46,8 +47,7 @@ class Protection:
     :param peers: paths to the standby's host
     :param domain: the guest's name or number on this host
     :param addresses: of the standby, best first
-    :ivar protected: set by the first acknowledged checkpoint
-    :ivar ended: set once the protection is over, whatever the end was
+    :ivar coming: its beginning, to wait for
     :ivar by_itself: nobody waits for it: one attempt of many
     :ivar stopped: why it was asked to end; "" if it was not
     :ivar lost: it ended because the standby was lost, not because somebody wanted it
@@ -70,9 +70,7 @@ class Protection:
         self.standby = str(addresses[0])
         self.machine = Primary(interval_only=options.interval_only)
         self.statistics = Statistics()
-        self.progress = Progress()
-        self.protected = asyncio.Event()
-        self.ended = asyncio.Event()
+        self.coming = Coming()
         self.why = "connecting"
         self.lost = False
         self.since = time.time()
@@ -83,8 +81,6 @@ class Protection:
         self._port = 0
         self.by_itself = False
         self._gone = False
-        self._failure: BaseException | None = None
-        self._listeners: list[Callable[[Progress], None]] = []
         self._holding = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._establishing: asyncio.Task[Any] | None = None
@@ -116,13 +112,13 @@ class Protection:
             await self._begin(source, self._encoder, sender)
         except asyncio.CancelledError:
             why = self.stopped or "kemarid stops"
-            self._failure = Refused(f"{self.guest} is not protected: {why}")
+            self.coming.failure = Refused(f"{self.guest} is not protected: {why}")
             await self._undo(why)
             if self.stopped:
-                raise self._failure from None
+                raise self.coming.failure from None
             raise
         except BaseException as error:
-            self._failure = error
+            self.coming.failure = error
             await self._undo(str(error) or type(error).__name__)
             raise
         finally:
@@ -136,16 +132,8 @@ class Protection:
         :param report: called as the base copy goes on
         :raise CheckpointError, KemariError: as :meth:`establish`
         """
-        listener = report or (lambda progress: None)
-        self._listeners.append(listener)
-        try:
-            await first_of(self.protected.wait(), self.ended.wait())
-        finally:
-            self._listeners.remove(listener)
-        if not self.protected.is_set():
-            raise self._failure or PeerError(
-                f"The first checkpoint of {self.guest} failed: {self.why}"
-            )
+        if not await self.coming.wait(report):
+            raise PeerError(f"The first checkpoint of {self.guest} failed: {self.why}")
 
     def matches(self, standby: tuple[Address, ...], options: Options) -> bool:
         """Whether this is the protection that is asked for, and it is there or comes about."""
@@ -158,7 +146,7 @@ class Protection:
         """End a protection that is still coming about; returns when nothing of it is left."""
         if self._establishing is not None:
             self._establishing.cancel()
-        await self.ended.wait()
+        await self.coming.ended.wait()
 
     async def stop(self, reason: str, *, force: bool = False) -> None:
         """End the protection; returns when output flows freely again.
@@ -171,7 +159,7 @@ class Protection:
             await self.cancel()
             return
         if self.machine.over:
-            await self.ended.wait()  # it is being taken down
+            await self.coming.ended.wait()  # it is being taken down
             return
         self.why = reason
         self._holding.clear()
@@ -180,7 +168,7 @@ class Protection:
             self.do(self.machine.force())
         elif self.machine.state is PrimaryState.HOLDING:
             self._holding.set()
-        await first_of(self.ended.wait(), self._holding.wait())
+        await first_of(self.coming.ended.wait(), self._holding.wait())
         if self.machine.state is PrimaryState.HOLDING:
             raise Refused(
                 f"{self.standby} does not answer, so output of {self.guest} stays held; "
@@ -199,7 +187,7 @@ class Protection:
             raise Refused(f"{self.guest} is {self.state}; expected protected")
         self.note("failover", f"moving {self.guest} to {self.standby}, as asked")
         self.do(self.machine.handover())
-        await first_of(self.ended.wait(), self._holding.wait())
+        await first_of(self.coming.ended.wait(), self._holding.wait())
         if self.machine.state is not PrimaryState.MOVED:
             raise PeerError(f"{self.guest} was not moved to {self.standby}: {self.why}")
 
@@ -207,8 +195,8 @@ class Protection:
     def state(self) -> str:
         """One word for ``kemari list``."""
         if self.machine.state is PrimaryState.COPYING:
-            return "copying" if self.progress.begun else "connecting"
-        if self.machine.state is PrimaryState.PROTECTED and not self.protected.is_set():
+            return "copying" if self.coming.progress.begun else "connecting"
+        if self.machine.state is PrimaryState.PROTECTED and not self.coming.protected.is_set():
             return "copying"
         return self.machine.state.name.lower().replace("_", "-")
 
@@ -232,7 +220,7 @@ class Protection:
             "since": round(self.since, 3),
             "why": self.why,
             "options": asdict(self.options),
-            "progress": self.progress.as_json(),
+            "progress": self.coming.progress.as_json(),
             "disks": self._disks.status(),
             "statistics": self.statistics.as_json(),
         }
@@ -242,10 +230,6 @@ class Protection:
         self._host.journal.note(self.guest, event, text, **figures)
 
     # ---- Section: coming about ----
-
-    def _report(self) -> None:
-        for listener in tuple(self._listeners):
-            listener(self.progress)
 
     def _open_source(self) -> Source:
         self._source = self._host.hypervisor.open_source(self.domain)
@@ -281,10 +265,11 @@ class Protection:
     async def _copy(self, source: Source, encoder: Encoder, sender: Sender) -> None:
         self.why = "first copy under way"
         await in_thread(source.track)
-        self.progress.begin()
-        await self._disks.copy(sender, self._host.config.disk_rate, self.progress, self._report)
-        await base_copy(source, encoder, sender, self.progress, self._report, self._disks.end_base)
-        self.statistics.base_bytes = self.progress.wire_bytes
+        progress, report = self.coming.progress, self.coming.report
+        progress.begin()
+        await self._disks.copy(sender, self._host.config.disk_rate, progress, report)
+        await base_copy(source, encoder, sender, progress, report, self._disks.end_base)
+        self.statistics.base_bytes = progress.wire_bytes
 
     async def _begin(self, source: Source, encoder: Encoder, sender: Sender) -> None:
         """Make the ownership durable, hold output, take the first checkpoint."""
@@ -413,8 +398,8 @@ class Protection:
         return task
 
     def _say_protected(self) -> None:
-        if not self.protected.is_set():
-            self.protected.set()
+        if not self.coming.protected.is_set():
+            self.coming.protected.set()
             self.why = f"{self.standby} holds a complete copy"
             self.note("protected", f"{self.guest} is protected: {self.why}")
 
@@ -518,7 +503,7 @@ class Protection:
         elif self._link is not None:
             await self._link.close()
         await self._disks.teardown()
-        self.ended.set()
+        self.coming.ended.set()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
         # By hand: a garbage collection may be far away, and each protection takes a guest's worth.

@@ -201,7 +201,7 @@ def test_a_start_that_finds_it_under_way_hears_that_it_failed(
         asked.start()
         protection = pair.b.daemon.protections["web"] if pair.b.daemon else None
         assert protection is not None
-        await_true(lambda: len(protection._listeners), "somebody waits for it")
+        await_true(lambda: protection.coming.awaited, "somebody waits for it")
         stopped = threading.Thread(target=lambda: pair.b.request("stop", domain="web"))
         stopped.start()
         await_true(lambda: protection.stopped, "it is being stopped")
