@@ -331,8 +331,8 @@ class Cycle:
                 self._be_patient()
                 keeper.do(keeper.machine.capture_failed())
             case OverflowError() if self._staging.capacity < self._source.description.pages:
-                self._enlarge_staging()
                 keeper.do(keeper.machine.capture_failed())
+                self._enlarge_staging()
             case _:
                 keeper.do(keeper.machine.capture_failed())
                 keeper.spawn(self._capture_broke(outcome), "capture failed")
@@ -346,14 +346,26 @@ class Cycle:
 
     def _enlarge_staging(self) -> None:
         pages = self._source.description.pages
+        capacity = min(pages, self._staging.capacity * GROWTH)
+        try:
+            self._staging = Staging(capacity)
+        except OSError as error:
+            # More than all of Dom0's memory: the kernel refuses (Documentation/mm/overcommit).
+            short = CheckpointError(f"no memory for {capacity} pages: {error.strerror}")
+            self._keeper.spawn(self._capture_broke(short), "no staging buffer")
+            return
         self._keeper.statistics.staging_grown += 1
-        self._staging = Staging(min(pages, self._staging.capacity * GROWTH))
         # The next capture is a big one: in a thread.
         self._pages_before = self._staging.capacity
 
     async def _capture_broke(self, error: Exception) -> None:
         log.debug("%s: capture failed", self._keeper.guest, exc_info=error)
-        if await asyncio.to_thread(self._source.alive):
+        try:
+            alive = await asyncio.to_thread(self._source.alive)
+        except Exception as unknown:
+            log.debug("%s: nor can it be looked at", self._keeper.guest, exc_info=unknown)
+            alive = True  # output must not stay held: the end that asks the standby
+        if alive:
             self._keeper.link_lost(f"a checkpoint failed: {error}")
         else:
             self._keeper.guest_gone()

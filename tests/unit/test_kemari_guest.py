@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import mmap
 import threading
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from checkpoint.driver import Captured
-from checkpoint.errors import LogTaken
+from checkpoint.driver import Captured, Staging
+from checkpoint.errors import HypervisorError, LogTaken
 from checkpoint.memory import MemorySource
 from kemari.errors import KemariError, NoSuchProtection, PeerUnreachable, Refused
 from tests.unit.kemari_pair import Pair, await_true
@@ -68,6 +69,33 @@ def test_a_dirty_log_that_somebody_takes_ends_the_protection_until_it_is_free(
         pair.a.power_cut()
         pair.talk(3)
         pair.check_answers()
+
+
+def test_a_guest_that_cannot_even_be_looked_at_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else ends its protection: its output would stay held for ever."""
+    broken = threading.Event()
+
+    def fail(point: str) -> None:
+        if point == "capture" and broken.is_set():
+            raise HypervisorError("xc_domain_getinfo", errno.EFAULT)
+
+    def alive(_source: MemorySource) -> bool:
+        if broken.is_set():
+            raise HypervisorError("xc_domain_getinfo", errno.EPERM)
+        return True
+
+    monkeypatch.setattr(MemorySource, "alive", alive)
+    with Pair(tmp_path, resume=False) as pair:
+        pair.protect()
+        pair.a.hypervisor.reached = fail
+        broken.set()
+        pair.talk(3)
+        pair.check_answers()
+        (said,) = [e for e in pair.a.request("log", domain="web") if e["event"] == "standby-lost"]
+        assert "a checkpoint failed: xc_domain_getinfo" in said["text"]
+        assert "web" in pair.a.hypervisor.guests
 
 
 def test_a_capture_that_fails_late_closes_its_output_once(tmp_path: Path) -> None:
@@ -178,6 +206,29 @@ def test_staging_grows_with_the_guest(tmp_path: Path, monkeypatch: pytest.Monkey
         survivor = pair.running()
         assert survivor is not None
         assert survivor.memory[59 * 4096 : 59 * 4096 + 7] == b"changed"
+
+
+def test_a_guest_whose_changes_do_not_fit_into_dom0_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output must not wait for ever for a buffer that Dom0 has no memory for."""
+
+    class Small(Staging):
+        def __init__(self, capacity: int) -> None:
+            if capacity > 8:
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+            super().__init__(capacity)
+
+    monkeypatch.setattr("kemari.cycle.STAGING_PAGES", 8)
+    monkeypatch.setattr("kemari.cycle.Staging", Small)
+    monkeypatch.setattr(MemorySource, "prepared", lambda _source: False)
+    with Pair(tmp_path, resume=False) as pair:
+        pair.protect()
+        for page in range(1, 60):
+            pair.guest.write(page, b"changed")
+        pair.talk(3)
+        pair.check_answers()
+        assert "no memory for 32 pages: Cannot allocate memory" in pair.a.status("web")["why"]
 
 
 def test_what_a_protection_took_of_memory_is_given_back_at_its_end(
