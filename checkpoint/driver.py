@@ -278,5 +278,12 @@ class Hypervisor(Protocol):
         Quick, unlike :meth:`open_source`; nothing happens to a guest that has nothing of it.
         """
 
+    def settle(self, name: str) -> bool:
+        """Give the guest ``name`` its own name, if it was revived and still has its shell's.
+
+        :return: whether it had
+        :raise CheckpointError: it keeps the shell's name, and runs
+        """
+
     def destroy_domain(self, name: str) -> None:
         """Destroy the domain of that name: another host runs it."""

@@ -337,11 +337,13 @@ class MemoryShell:
         reach("revive-unpause")
         self._hypervisor.shells.pop(name, None)
         self._hypervisor.guests[name] = self._guest
+        self._hypervisor.unsettled.add(name)
         self._guest.run()
         self._hypervisor.reached("revived")
 
     def settle(self) -> None:
-        """Nothing: the guest has its own name already."""
+        """Give the guest its own name."""
+        self._hypervisor.settle(self._guest.description.name)
 
     def destroy(self) -> None:
         """Remove the shell."""
@@ -355,6 +357,7 @@ class MemoryHypervisor:
 
     :param transmit: takes (device name, frame) of everything that guests here send
     :param memory_pages: guest memory that the host has for shells
+    :ivar unsettled: guests that still have their shell's name, for whoever looks at this host
     :ivar restless: so many of the next captures find no usable pause point
     :ivar restless_late: so many of the next captures find that out when output is closed already
     :ivar write_disk: what guests that come to be here do to their disks for each request
@@ -371,6 +374,7 @@ class MemoryHypervisor:
     ) -> None:
         self.guests: dict[str, MemoryGuest] = {}
         self.shells: dict[str, MemoryShell] = {}
+        self.unsettled: set[str] = set()
         self.memory_pages = memory_pages
         self.transmit = transmit
         self.restless = 0
@@ -442,8 +446,16 @@ class MemoryHypervisor:
         if name in self.guests:
             MemorySource(self, self.guests[name]).unpause()
 
+    def settle(self, name: str) -> bool:
+        """Give a revived guest its own name; whether it had another."""
+        self.reached("settle")
+        unsettled = name in self.unsettled
+        self.unsettled.discard(name)
+        return unsettled
+
     def destroy_domain(self, name: str) -> None:
         """Destroy a guest."""
+        self.unsettled.discard(name)
         guest = self.guests.pop(name, None)
         if guest is not None:
             guest.alive = False

@@ -267,6 +267,20 @@ async def let_run(host: Host, guest: str) -> None:
         host.journal.note(guest, "trouble", f"{guest} could not be looked at: {error}")
 
 
+async def settle_name(host: Host, record: Record) -> None:
+    """A daemon that was killed right after a takeover has left the guest with its shell's name."""
+    if not await host.runs(record):
+        return
+    try:
+        renamed = await asyncio.to_thread(host.hypervisor.settle, record.guest)
+    except CheckpointError as error:
+        host.journal.note(record.guest, "trouble", f"could not name {record.guest}: {error}")
+    else:
+        if renamed:
+            text = f"{record.guest} still had the name of its shell: it has its own now"
+            host.journal.note(record.guest, "cleaned", text)
+
+
 async def reclaim(host: Host, guest: str, device: str, *, release: bool) -> None:
     """Remove an output buffer that was left behind, and say so."""
     try:
@@ -307,6 +321,8 @@ async def clean(host: Host) -> list[Record]:
     for record in host.ledger:
         if record.role in (Role.OWNER, Role.RELEASED):
             await _settle_disks(host, record, mine=True, guest=record.uuid)
+        if record.role in (Role.OWNER, Role.PRIMARY):
+            await settle_name(host, record)
     owners = {
         device: record for record in host.ledger for device in record.options.get("devices", ())
     }

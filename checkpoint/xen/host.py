@@ -87,6 +87,17 @@ class XenHost:
                 if paused:
                     domain.unpause()
 
+    def settle(self, name: str) -> bool:
+        store = Store()
+        try:
+            for domid in control.list_domids():
+                if _name(store, domid) == name != _toolstack_name(store, domid):
+                    toolstack.rename(domid, name)
+                    return True
+        finally:
+            store.close()
+        return False
+
     def destroy_domain(self, name: str) -> None:
         toolstack.destroy(self._resolve(name))
 
@@ -221,10 +232,14 @@ class XenHost:
 
 def _name(store: Store, domid: int) -> str:
     """A domain's name; a shell that was revived counts as the guest, renamed already or not."""
-    name = store.read(f"/local/domain/{domid}/name") or ""
+    name = _toolstack_name(store, domid)
     if name.endswith(shell.SUFFIX) and store.read(revived_node(domid)) is not None:
         return name.removesuffix(shell.SUFFIX)
     return name
+
+
+def _toolstack_name(store: Store, domid: int) -> str:
+    return store.read(f"/local/domain/{domid}/name") or ""
 
 
 def _order(release: str) -> list[int]:

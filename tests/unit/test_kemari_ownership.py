@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.errors import CheckpointError
 from checkpoint.memory import MemoryGuest
 from kemari import daemon, recovery, stragglers
 from kemari.ledger import LedgerError, Record, Role
@@ -243,6 +244,52 @@ def test_a_guest_that_was_revived_but_not_let_run_runs_after_the_restart(
         pair.b.kill()
         pair.b.start()
         assert roles(pair.b) == ["owner"]
+        pair.talk(3)
+        pair.check_answers()
+
+
+@pytest.mark.parametrize(("point", "role"), [("revived", "claimed"), ("settle", "owner")])
+def test_a_guest_whose_daemon_was_killed_before_it_was_named_is_named_by_the_next(
+    tmp_path: Path, point: str, role: str
+) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.cut_at(point, act=pair.b.kill)
+        pair.a.power_cut()
+        await_true(lambda: pair.b.loop and not pair.b.loop.thread.is_alive(), "b's daemon is dead")
+        assert roles(pair.b) == [role]
+        assert pair.b.hypervisor.unsettled == {"web"}
+        pair.b.hypervisor.reached = lambda point: None
+        pair.b.start()
+        assert pair.b.hypervisor.unsettled == set()
+        (said,) = [each for each in pair.b.request("log") if each["event"] == "cleaned"]
+        assert said["text"] == "web still had the name of its shell: it has its own now"
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_a_guest_that_cannot_be_named_runs_all_the_same(tmp_path: Path) -> None:
+    """By its shell's name, until the daemon is started again."""
+
+    def refuse(point: str) -> None:
+        if point == "settle":
+            raise CheckpointError("xl rename failed")
+
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.hypervisor.reached = refuse
+        pair.a.power_cut()
+        pair.talk(3)
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        for turn in (refuse, lambda point: None):
+            pair.b.stop()
+            pair.b.hypervisor.reached = turn
+            pair.b.start()
+            said = [each["text"] for each in pair.b.request("log") if each["event"] == "trouble"]
+            assert said[-1] == "could not name web: xl rename failed"
+        assert pair.b.hypervisor.unsettled == set()
         pair.talk(3)
         pair.check_answers()
 

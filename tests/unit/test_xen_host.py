@@ -152,6 +152,17 @@ def test_the_domains_of_a_host(world: World) -> None:
     assert world.rig.destroyed == [DOMID]
 
 
+def test_a_revived_guest_is_given_its_name(world: World) -> None:
+    assert not XenHost().settle("web")
+    world.store.nodes["name"] = "web--kemari"
+    assert not XenHost().settle("web"), "that of a shell"
+    world.store.nodes["kemari"] = "revived"
+    assert not XenHost().settle("db")
+    assert XenHost().settle("web")
+    assert world.renamed == [(DOMID, "web")]
+    assert world.store.open == 0
+
+
 def test_the_uuid_of_a_domain(world: World) -> None:
     uuid = "8b0cd9ff-04ba-4ef2-9d10-b15b3ef0eac1"
     world.store.nodes["vm"] = f"/vm/{uuid}"
