@@ -166,7 +166,7 @@ def test_a_target_is_refused_to_a_second_guest_with_one_sentence(dom0: Dom0, ima
 def test_a_read_only_disk_may_be_shared_and_takes_no_write(dom0: Dom0, image: Path) -> None:
     assert dom0.add("3/51712", image, "r") == ""
     assert dom0.add("4/51712", image, "r") == ""
-    assert "-R" in (dom0.sys / "nbd0" / "pid").read_text()
+    assert "-R" in (dom0.sys / "nbd0" / "called").read_text()
     client = dom0.client("4/51712")
     with pytest.raises(OSError, match="permitted"):
         client.write(0, bytes(512))
@@ -238,6 +238,17 @@ def test_a_dead_servers_disk_takes_no_other_guests_device_with_it(dom0: Dom0, im
     assert (dom0.sys / "nbd0").exists()
     dom0.remove("4/51712")
     assert not (dom0.sys / "nbd0").exists()
+
+
+def test_a_dead_servers_device_may_be_another_programs(dom0: Dom0, image: Path) -> None:
+    assert dom0.add("3/51712", image) == ""
+    kill(dom0.pid("3/51712"))
+    connection = dom0.sys / "nbd0" / "pid"
+    connection.write_text("4711\n")  # as the kernel frees it, and somebody's qemu-nbd takes it
+    dom0.remove("3/51712")
+    assert connection.read_text() == "4711\n"
+    assert dom0.add("4/51712", image) == ""
+    assert dom0.read("4/51712", "physical-device-path") == f"{dom0.devices}/nbd1"
 
 
 def test_a_dead_servers_number_may_be_another_servers(dom0: Dom0, image: Path) -> None:
