@@ -272,6 +272,11 @@ class Hypervisor(Protocol):
     def domain_uuid(self, name: str) -> str:
         """The UUID of the domain of exactly that name, in canonical text form; "" if none lives."""
 
+    def incarnation(self, name: str) -> str:
+        """What tells the domain of exactly that name from all that had the name or will; "" if none
+        lives.
+        """
+
     def recover(self, name: str) -> None:
         """Undo what a killed daemon left on the guest ``name``: paused, dirty tracking on.
 

@@ -53,6 +53,7 @@ class MemoryGuest:
     those that are granted to the backend.
 
     :param transmit: takes each frame that the guest sends
+    :ivar incarnation: no other guest has this one
     :ivar paused: what arrives while it is set waits
     :ivar shut_down: it runs no more, but its domain is still there
     :ivar write_disk: called with (this guest, number) before a request is answered
@@ -62,6 +63,7 @@ class MemoryGuest:
         self.description = description
         self.memory = bytearray(description.pages * PAGE_SIZE)
         self.dirty: set[int] = set()
+        self.incarnation = str(uuids.uuid4())
         self.paused = self.shut_down = False
         self.alive = True
         self.clock_offset_ns = 0
@@ -439,6 +441,11 @@ class MemoryHypervisor:
         """The UUID of the guest of that name; "" if there is none."""
         guest = self.guests.get(name)
         return guest.description.uuid if guest is not None else ""
+
+    def incarnation(self, name: str) -> str:
+        """What tells the guest of that name from any other; "" if there is none."""
+        guest = self.guests.get(name)
+        return guest.incarnation if guest is not None else ""
 
     def recover(self, name: str) -> None:
         """Let a guest run that a killed daemon left paused."""

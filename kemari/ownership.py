@@ -81,11 +81,13 @@ def primary_record(
     standby: tuple[str, str],
     addresses: tuple[tuple[Address, ...], tuple[Address, ...]],
     options: Options,
+    incarnation: str,
 ) -> Record:
     """What the ledger says of a guest from its first checkpoint on.
 
     :param standby: name and UUID of its host
     :param addresses: of it: those that were asked for, and those that it has told
+    :param incarnation: of the domain that is protected (:mod:`checkpoint.driver`)
     """
     (name, host_id), (asked, further) = standby, addresses
     return Record(
@@ -98,6 +100,7 @@ def primary_record(
         options=asdict(options)
         | {
             "peer_id": host_id,
+            "incarnation": incarnation,
             "devices": [nic.vif for nic in source.nics],
             "standby": [str(each) for each in asked],
             RECORDED: [disk.target for disk in source.disks if disk.shared and disk.writable],

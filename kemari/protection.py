@@ -274,8 +274,9 @@ class Protection:
     async def _begin(self, source: Source, encoder: Encoder, sender: Sender) -> None:
         """Make the ownership durable, hold output, take the first checkpoint."""
         reach("owner-record")
+        domain = await in_thread(self._host.hypervisor.incarnation, self.guest)
         whose, where = (self.standby, self._standby_id), (self.addresses, self._further)
-        record = primary_record(source, self.generation, whose, where, self.options)
+        record = primary_record(source, self.generation, whose, where, self.options, domain)
         await in_thread(self._host.ledger.put, record)
         reach("owner-recorded")
         output = self._host.network.output(source.nics, self._host.config.buffer_limit)

@@ -135,15 +135,16 @@ class Recovery:
     async def _give_up(self, generation: int) -> Record:
         """The peer has taken over: destroy the copy here, if it may be.
 
-        One that was protected is old, its output is still held.  One that was started since, by an
-        administrator or at the host's start, may be all that there is of the guest.
+        The one that was protected is old, and nobody may see what it did since.  One that was
+        started since, by an administrator or at the host's start, may be all that there is of the
+        guest.
         """
         record, host = self.record, self._host
         why = f"{record.peer} runs it since generation {generation}"
         reach("recover-give-up")
         resolved = await self._put(Role.MOVED, generation, why)
         here = await copy_here(host, record)
-        if here and not await self._held() and not await self._runs_there():
+        if here and not await self._is_old() and not await self._runs_there():
             self._note(
                 "moved",
                 f"{record.guest} does not run on {record.peer} any more: the domain here was "
@@ -167,6 +168,13 @@ class Recovery:
             generation=generation,
         )
         return resolved
+
+    async def _is_old(self) -> bool:
+        """Whether the domain here is the very one that was protected, and none started since."""
+        hypervisor, was = self._host.hypervisor, self.record.options.get("incarnation")
+        return bool(was) and was == await asyncio.to_thread(
+            hypervisor.incarnation, self.record.guest
+        )
 
     async def _held(self) -> bool:
         """Whether output of the guest that was protected is still held here."""

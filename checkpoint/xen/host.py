@@ -67,13 +67,20 @@ class XenHost:
     def domain_uuid(self, name: str) -> str:
         store = Store()
         try:
-            for domid in control.list_domids():
-                if _name(store, domid) == name:
-                    # "/vm/UUID" (libxl_create.c, libxl__domain_make)
-                    return (store.read(f"/local/domain/{domid}/vm") or "").rpartition("/")[2]
+            return _vm(store, name)[1].rpartition("/")[2]
         finally:
             store.close()
-        return ""
+
+    def incarnation(self, name: str) -> str:
+        store = Store()
+        try:
+            domid, path = _vm(store, name)
+            # The number alone may come again: Xen does not count the numbers that it was given
+            # (xen/common/domctl.c, XEN_DOMCTL_createdomain), as for a shell.
+            began = store.read(f"{path}/start_time") if path else None
+            return f"{domid} since {began}" if began else ""
+        finally:
+            store.close()
 
     def recover(self, name: str) -> None:
         for domid, found in self.domains():
@@ -236,6 +243,14 @@ def _name(store: Store, domid: int) -> str:
     if name.endswith(shell.SUFFIX) and store.read(revived_node(domid)) is not None:
         return name.removesuffix(shell.SUFFIX)
     return name
+
+
+def _vm(store: Store, name: str) -> tuple[int, str]:
+    """(number, "/vm/UUID") of the domain of that name (libxl_create.c); "" if there is none."""
+    for domid in control.list_domids():
+        if _name(store, domid) == name:
+            return domid, store.read(f"/local/domain/{domid}/vm") or ""
+    return 0, ""
 
 
 def _toolstack_name(store: Store, domid: int) -> str:

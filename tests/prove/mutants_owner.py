@@ -129,7 +129,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 "kemari/recovery.py",
-                "        if here and not await self._held() and not await self._runs_there():\n",
+                "        if here and not await self._is_old() and not await self._runs_there():\n",
                 "        if here and generation < 0:\n",
             ),
         ),
@@ -141,7 +141,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 "kemari/recovery.py",
-                "        if here and not await self._held() and not await self._runs_there():\n",
+                "        if here and not await self._is_old() and not await self._runs_there():\n",
                 "        if here and not await self._runs_there():\n",
             ),
         ),

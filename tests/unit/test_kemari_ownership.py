@@ -124,13 +124,24 @@ def test_without_an_answer_nothing_is_destroyed(tmp_path: Path) -> None:
         await_true(lambda: not guest.alive, "b has said that the guest runs there")
 
 
-def test_an_old_copy_is_destroyed_although_the_guest_has_ended_since(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nics", [1, 0])
+@pytest.mark.parametrize("known", [False, True])
+def test_an_old_copy_is_destroyed_although_the_guest_has_ended_since(
+    tmp_path: Path, nics: int, *, known: bool
+) -> None:
+    """Whether a's last daemon had learned of the takeover, and died right after, or not."""
     with Pair(tmp_path, on_standby_loss="hold") as pair:
+        del pair.guest.nics[nics:]
         pair.protect()
-        pair.talk(3)
+        if nics:
+            pair.talk(3)
         pair.fabric.unplugged |= {"link", "lan"}
         await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
         pair.b.hypervisor.destroy_domain("web")
+        assert pair.a.daemon
+        if known:
+            ledger = pair.a.daemon.host.ledger
+            ledger.update(pair.guest.description.uuid, role=Role.MOVED, generation=2)
         pair.a.kill()
         pair.fabric.unplugged.clear()
         assert "web" in pair.a.hypervisor.guests

@@ -152,6 +152,18 @@ def test_the_domains_of_a_host(world: World) -> None:
     assert world.rig.destroyed == [DOMID]
 
 
+def test_no_two_domains_are_the_same_incarnation(world: World) -> None:
+    world.store.nodes["vm"] = "/vm/8b0cd9ff"
+    assert XenHost().incarnation("web") == "", "xenstore says nothing of it"
+    world.store.others["/vm/8b0cd9ff/start_time"] = "1700000000.01"
+    first = XenHost().incarnation("web")
+    assert first == XenHost().incarnation("web") != ""
+    world.store.others["/vm/8b0cd9ff/start_time"] = "1700000060.01"
+    assert XenHost().incarnation("web") not in (first, "")
+    assert XenHost().incarnation("db") == ""
+    assert world.store.open == 0
+
+
 def test_a_revived_guest_is_given_its_name(world: World) -> None:
     assert not XenHost().settle("web")
     world.store.nodes["name"] = "web--kemari"
