@@ -410,10 +410,26 @@ static int disk_trim(void *handle, uint32_t length, uint64_t offset, uint32_t fl
     return -1;
 }
 
+// The guest's flush.  The kernel tells an open file once that it could not write something back
+// (errseq_t), whichever of several flushes asks first.  Any of them may be for what was lost, so all
+// fail from then on, until the disk is served anew.  -1 with errno.
+static int replicated_flush(void)
+{
+    static pthread_mutex_t flushing = PTHREAD_MUTEX_INITIALIZER;
+    static int lost;  // the error
+    pthread_mutex_lock(&flushing);
+    if (lost == 0 && flush_target(disk.fd) < 0)
+        lost = errno;
+    int error = lost;
+    pthread_mutex_unlock(&flushing);
+    errno = error;
+    return error ? -1 : 0;
+}
+
 static int disk_flush(void *handle, uint32_t flags)
 {
     (void)handle, (void)flags;
-    if ((hold.shared ? hold_flush() : flush_target(disk.fd)) < 0) {
+    if ((hold.shared ? hold_flush() : replicated_flush()) < 0) {
         int error = errno;
         count(&disk.status->errors, 1);
         nbdkit_error("%s: flushing: %s", disk.target, strerror(error));

@@ -4,7 +4,8 @@
 //
 // fallocate    leaves junk in the range, as a device that gives up half way may
 // writeback    fdatasync fails once for each open file, as it does after the kernel could not
-//              write pages back (errseq_t, lib/errseq.c of Linux); $KEMARI_FAULTS/told is made then
+//              write pages back (errseq_t, lib/errseq.c of Linux); $KEMARI_FAULTS/told is made then,
+//              and if there is a FIFO $KEMARI_FAULTS/gate, the call goes on once somebody writes to it
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -56,6 +57,15 @@ static void note_told(void)
         fclose(file);
 }
 
+static void await_gate(void)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/gate", getenv("KEMARI_FAULTS"));
+    FILE *file = fopen(path, "re");
+    if (file)
+        fclose(file);
+}
+
 static int failed(int error)
 {
     errno = error;
@@ -84,8 +94,10 @@ int fdatasync(int fd)
     int error = fault_of("fdatasync", fd), lost = fault_of("writeback", fd);
     bool once = lost && !told[fd % FILES];
     told[fd % FILES] = lost;
-    if (once)
+    if (once) {
         note_told();
+        await_gate();
+    }
     return error || once ? failed(error ? error : lost) : real(fd);
 }
 

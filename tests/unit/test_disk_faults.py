@@ -10,6 +10,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from diskbuffer.status import Flag
 from tests.unit.disk_client import NbdClient
 from tests.unit.disk_pair import CHUNK, PRIMARY, SIZE, do, joined, run, until
 from tests.unit.disk_server import DiskServer
+from tests.unit.kemari_pair import await_true
 
 SOURCE = Path(__file__).with_name("disk_faults.c")
 #: What fails of the bitmap when its folder has become read-only.
@@ -40,6 +42,7 @@ class Failing:
 
     :ivar server: it
     :ivar told: is there once a flush has failed because of ``writeback``
+    :ivar gate: if it is made a FIFO, that flush is answered once somebody has opened it to write
     """
 
     def __init__(self, folder: Path, library: Path, patch: pytest.MonkeyPatch) -> None:
@@ -47,7 +50,7 @@ class Failing:
         self.server = DiskServer(folder / "primary", SIZE)
         self._faults = folder / "faults"
         self._faults.mkdir()
-        self.told = self._faults / "told"
+        self.told, self.gate = self._faults / "told", self._faults / "gate"
         self._library = library
         self._patch = patch
 
@@ -173,6 +176,35 @@ def test_a_write_back_that_failed_is_told_to_the_guest_whoever_flushed_first(
         client.close()
 
     run(body)
+
+
+def test_a_write_back_that_failed_is_told_by_every_flush_from_then_on(failing: Failing) -> None:
+    """The next one may be of another program in the guest, whose data it was."""
+    client, other = failing.start(), failing.server.connect()
+    client.flush()
+    failing.fail(errno.EIO, "writeback:disk.img")
+    refuses(client.flush)
+    refuses(other.flush)
+    failing.mend("writeback:disk.img")
+    refuses(client.flush)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        client.write(0, b"x" * 512, fua=True)
+    client.write(0, b"x" * 512)
+
+
+def test_a_write_back_that_failed_is_told_by_all_flushes_at_the_same_time(failing: Failing) -> None:
+    client, other = failing.start(), failing.server.connect()
+    os.mkfifo(failing.gate)
+    failing.fail(errno.EIO, "writeback:disk.img")
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.flush)
+        await_true(failing.told.exists, "the kernel has told the first one")
+        second = pool.submit(other.flush)
+        early = wait([second], timeout=0.2).done
+        failing.gate.open("wb").close()
+        refuses(first.result)
+        refuses(second.result)
+    assert not early, "it was answered before the first one had told of the error"
 
 
 @pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
