@@ -48,20 +48,12 @@ static int fault_of(const char *call, int fd)
     return fault(call, name);
 }
 
-static void note_told(void)
+// Open $KEMARI_FAULTS/NAME and close it again, which makes a file, and waits at a FIFO.
+static void visit(const char *name, const char *mode)
 {
     char path[4096];
-    snprintf(path, sizeof path, "%s/told", getenv("KEMARI_FAULTS"));
-    FILE *file = fopen(path, "we");
-    if (file)
-        fclose(file);
-}
-
-static void await_gate(void)
-{
-    char path[4096];
-    snprintf(path, sizeof path, "%s/gate", getenv("KEMARI_FAULTS"));
-    FILE *file = fopen(path, "re");
+    snprintf(path, sizeof path, "%s/%s", getenv("KEMARI_FAULTS"), name);
+    FILE *file = fopen(path, mode);
     if (file)
         fclose(file);
 }
@@ -95,8 +87,8 @@ int fdatasync(int fd)
     bool once = lost && !told[fd % FILES];
     told[fd % FILES] = lost;
     if (once) {
-        note_told();
-        await_gate();
+        visit("told", "we");
+        visit("gate", "re");
     }
     return error || once ? failed(error ? error : lost) : real(fd);
 }
