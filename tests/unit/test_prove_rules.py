@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from checkpoint.lifeline import Owner
@@ -42,7 +43,7 @@ def _protect_as(world: World, generation: int) -> Any:
         link, _ = await daemon.host.connect_any(addresses, "replicate")
         sender = Sender(link)
         try:
-            return await sender.prepare(source.description, generation)
+            return await sender.prepare(source.description, generation, asdict(Options()))
         finally:
             await sender.close()
 
