@@ -43,13 +43,18 @@ class World:
     """A lab, its guest, and what the daemons tell.
 
     :param guest: what the guest is to be like; None: as the lab was brought up for
+    :param reprotect: after a failover it is protected again by itself, and :meth:`protected` waits
+        for that; otherwise tests have their time to look at what a failover has left
     :ivar spoiled: what a test has left cannot be relied on
     :ivar moves: how often the guest has moved since it booted
     """
 
-    def __init__(self, lab: Lab, guest: GuestOptions | None = None) -> None:
+    def __init__(
+        self, lab: Lab, guest: GuestOptions | None = None, *, reprotect: bool = False
+    ) -> None:
         self.lab = lab
         self._guest = guest
+        self._reprotect = reprotect
         self.spoiled = True
         self.moves = 0
         self._events: dict[str, Events] = {}
@@ -85,6 +90,9 @@ class World:
         found = self.status(pair.primary)
         if found and found["role"] == "primary" and found["protected"]:
             return pair
+        if self._reprotect and found and found["role"] == "owner":
+            self.events(pair.primary).wait("protected", since=mark)
+            return pair
         reply = self.kemari(pair.primary, "start", GUEST, pair.standby, check=False)
         if reply.status != 0:
             # Only because it comes about by itself, as after a restart.
@@ -119,7 +127,7 @@ class World:
 
     def _anew(self) -> None:
         self.close()
-        self.lab.reset()
+        self.lab.reset(reprotect=self._reprotect)
         for name in HOSTS:
             self.events(name).wait("daemon")
         self.spoiled = False

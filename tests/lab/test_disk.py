@@ -29,7 +29,7 @@ DISK_MIB = 32
 
 @pytest.fixture(scope="module")
 def shared_world(lab: Lab) -> Iterator[World]:
-    world = World(lab, GuestOptions(disk_mib=DISK_MIB))
+    world = World(lab, GuestOptions(disk_mib=DISK_MIB), reprotect=True)
     yield world
     # The next module's guest has no disk.
     world.close()
@@ -43,6 +43,7 @@ def world(shared_world: World, request: pytest.FixtureRequest) -> Iterator[World
 
 
 def test_power_cuts_under_databases(world: World) -> None:
+    """After the first protection no administrator does anything but give hosts their power back."""
     world.protected()
     out = world.lab.state / "out"
     with databases.clients(world.lab, out, pause_ms=PAUSE_MS) as clients:

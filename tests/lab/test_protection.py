@@ -135,9 +135,11 @@ def test_stop_leaves_everything_as_it_was(world: World) -> None:
             "start",
             GUEST,
             pair.standby,
+            "--interval-only",
             status=REFUSED,
             why="protected already",
         )
+        world.kemari(pair.primary, "start", GUEST, pair.standby)
         talk.wait_answers(SOME)
         there = world.events(pair.standby)
         mark = there.seen

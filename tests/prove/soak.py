@@ -24,7 +24,7 @@ from tests.prove import soak_report
 from tests.prove.registers import Registers
 from tests.prove.soak_report import Row
 from vagrant.demolib import databases, stage
-from vagrant.demolib.hosts import bring_back, kemari
+from vagrant.demolib.hosts import await_protected, bring_back, kemari
 from vagrant.demolib.memory import Memory
 from vagrant.demolib.talk import Talk
 from vagrant.demolib.verdict import Cut, judge
@@ -157,6 +157,7 @@ class Soak:
         loads.talk.wait_seconds(self._options.protected)
         loads.settle()
         seen = loads.talk.seen
+        moved = time.time()
         cut = Cut(protected, time.monotonic())
         self._lab.power_cut(primary)
         self._cuts.append(cut)
@@ -168,7 +169,7 @@ class Soak:
         whole_round = loads.memory.look().rounds + 2
         bring_back(self._lab, primary)
         row.violations += stage.misplaced(self._lab, standby)
-        kemari(self._lab, standby, "start", GUEST, primary)
+        await_protected(self._lab, standby, moved)
         again = time.monotonic()
         row.protected_s = again - cut.at
         loads.memory.look(whole_round)

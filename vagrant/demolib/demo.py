@@ -16,7 +16,7 @@ from types import FrameType
 from vagrant.demolib import databases, picture, report, stage
 from vagrant.demolib.databases import Databases
 from vagrant.demolib.history import History
-from vagrant.demolib.hosts import bring_back, kemari
+from vagrant.demolib.hosts import await_protected, bring_back, kemari
 from vagrant.demolib.picture import Band, Mark
 from vagrant.demolib.report import Figures
 from vagrant.demolib.talk import Talk
@@ -106,7 +106,8 @@ class Demo:
             if number:
                 with step(f"host {standby} gets its power back"):
                     bring_back(self._lab, standby)
-            self._cut(talk, primary, standby)
+            self._protect(primary, standby)
+            self._cut(talk, primary)
             if writing is not None:
                 writing.wait_done(WRITTEN)
                 self.failures += writing.noticed()
@@ -116,12 +117,20 @@ class Demo:
         self.failures += stage.misplaced(self._lab, primary)
         self.failures += stage.other_role(self._lab, primary, "owner")
 
-    def _cut(self, talk: Talk, primary: str, standby: str) -> None:
-        asked = time.monotonic()
-        with step(f"`kemari start {GUEST} {standby}` on host {primary}"):
-            kemari(self._lab, primary, "start", GUEST, standby, "--progress", show=True)
+    def _protect(self, primary: str, standby: str) -> None:
+        """As asked the first time; after a power cut it comes about by itself."""
+        begun = time.monotonic()
+        if self.cuts:
+            moved = time.time() - (begun - self.cuts[-1].at)
+            with step(f"host {primary} protects it to host {standby}, by itself"):
+                await_protected(self._lab, primary, moved)
+        else:
+            with step(f"`kemari start {GUEST} {standby}` on host {primary}"):
+                kemari(self._lab, primary, "start", GUEST, standby, "--progress", show=True)
+        self._copies.append(Band(begun, time.monotonic(), "first copy", "#f1f1f1", "#666666"))
+
+    def _cut(self, talk: Talk, primary: str) -> None:
         protected = time.monotonic()
-        self._copies.append(Band(asked, protected, "first copy", "#f1f1f1", "#666666"))
         say(f"protected; the client talks on for {self._protected_s:.0f} s")
         talk.wait_seconds(self._protected_s)
         status = kemari(self._lab, primary, "status", GUEST).value[0]

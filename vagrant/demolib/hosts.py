@@ -105,6 +105,23 @@ def bring_back(lab: Lab, host: str, timeout: float = 300) -> None:
         events.close()
 
 
+def await_protected(lab: Lab, host: str, since: float, timeout: float = 300) -> None:
+    """Wait until the guest that has come to a host is protected again, by itself.
+
+    :param since: when it came, or before: by ``time.time()``
+    :raises LabError: it was not within ``timeout`` seconds
+    """
+    events = Events(lab, host)
+    try:
+        events.wait_for(
+            "protected",
+            lambda event: event["event"] == "protected" and event["time"] > since,
+            timeout=timeout,
+        )
+    finally:
+        events.close()
+
+
 class Events:
     """The events of kemarid on one host, as they happen, over restarts of it.
 

@@ -379,12 +379,13 @@ class Lab:
 
             self._on_hosts(names, to_host)
 
-    def reset(self) -> None:
+    def reset(self, *, reprotect: bool = True) -> None:
         """Make a lab that was used ready for the next use, in seconds.
 
         Links are plugged, hosts have power, no guest is left, and kemarid runs without a memory of
         what was protected.
 
+        :param reprotect: whether a guest is protected again, by itself, after a failover
         :raises LabError: the lab is down, or a host did not do it
         """
         with self._lock():
@@ -392,7 +393,8 @@ class Lab:
                 for link in LINKS:
                     self.network.set_link(name, link, plugged=True)
             self._boot([name for name in HOSTS if not self.hosts[name].is_running])
-            self._on_hosts(HOSTS, lambda name: self.ssh(name, "/usr/lib/kemari-lab/reset"))
+            command = f"/usr/lib/kemari-lab/reset {str(reprotect).lower()}"
+            self._on_hosts(HOSTS, lambda name: self.ssh(name, command))
 
     def _on_hosts(self, names: Sequence[str], action: Callable[[str], object]) -> None:
         with ThreadPoolExecutor() as pool:
