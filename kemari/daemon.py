@@ -120,6 +120,7 @@ class Daemon:
             self.host.spawn(self._recover(record), f"{record.guest}: recovery")
         for record in self.host.ledger:
             self._stragglers.look(record.uuid)
+            self._remember_takeover(record.uuid, record.guest)
             if record.role is Role.OWNER and record.options.get("resume"):
                 self._protect_again(record, at_once=True)
         self.host.journal.note("", "daemon", f"kemarid {__version__} is ready")
@@ -214,7 +215,7 @@ class Daemon:
     async def _follow(self, name: str, protection: Protection) -> None:
         """After a protection ended, forget it, or see to it that it is tried again."""
         await protection.coming.ended.wait()
-        self._stragglers.look(protection.uuid)
+        self._stragglers.look(protection.uuid, protection.unrecorded)
         if self._closing or self.protections.get(name) is not protection:
             return
         if protection.lost and protection.machine.state is PrimaryState.UNPROTECTED:
@@ -320,7 +321,7 @@ class Daemon:
         recovery = self.recoveries[record.uuid]
         try:
             resolved = await recovery.resolve()
-            self._stragglers.look(resolved.uuid)
+            self._stragglers.look(resolved.uuid, recovery.unrecorded)
             if resolved.role is Role.OWNER:
                 if self.host.config.resume:
                     self._protect_again(resolved, at_once=True)
@@ -349,11 +350,13 @@ class Daemon:
             if self.sessions.get(session.uuid) is session:
                 del self.sessions[session.uuid]
         if session.machine.state is StandbyState.RUNNING:
-            work = remember_takeover(self.host, session.uuid)
-            self.host.spawn(work, f"{session.guest}: record the takeover")
+            self._remember_takeover(session.uuid, session.guest)
             record = self.host.ledger.get(session.uuid)
             if record is not None and record.options.get("resume") and not self._closing:
                 self._protect_again(record)
+
+    def _remember_takeover(self, uuid: str, guest: str) -> None:
+        self.host.spawn(remember_takeover(self.host, uuid), f"{guest}: record the takeover")
 
     async def claim(self, uuid: str, name: str, session: StandbySession) -> None:
         """See :class:`kemari.standby.Registry`."""

@@ -7,6 +7,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Final
 
 from checkpoint.driver import Source
@@ -14,7 +15,7 @@ from checkpoint.faultpoints import reach
 from kemari.config import Address
 from kemari.epoch import LetGoReason
 from kemari.host import Host
-from kemari.ledger import Role
+from kemari.ledger import Record, Role
 from kemari.output import Output
 from kemari.peers import Answer, Peers
 from kemari.stragglers import owing
@@ -114,20 +115,22 @@ class Ending:
         release_disks: Callable[[], Awaitable[None]],
         *,
         gone: bool = False,
-    ) -> None:
+    ) -> Record | None:
         """Nobody else runs this guest: let its output pass, remove what protection has built.
 
         :param release_disks: brings held changes to shared targets
         :param gone: nor does it run here any more
+        :return: what the ledger should say and does not, because it could not be written; or None
         """
         reach("let-go")
         record = self._host.ledger.get(self._uuid)
         promised = gone or reason in (LetGoReason.PROMISE, LetGoReason.NOTHING_SENT)
-        await self.record(
-            role=Role.RELEASED if gone else Role.OWNER,
-            reason=why,
-            options=owing(record.options, record.generation, promised) if record else {},
-        )
+        changes: dict[str, Any] = {
+            "role": Role.RELEASED if gone else Role.OWNER,
+            "reason": why,
+            "options": owing(record.options, record.generation, promised) if record else {},
+        }
+        recorded = await self.record(**changes)
         reach("let-go-recorded")
         # Before the output, which tells the world of them.
         await self.attempt_here("issue what is held of shared disks", release_disks())
@@ -139,7 +142,7 @@ class Ending:
         await self.attempt("end tracking", source.untrack)
         if gone:
             self.note("ended", f"nothing is left of the protection of {self._name}")
-            return
+            return None
         ground = {
             LetGoReason.NOTHING_SENT: "the standby has nothing of it",
             LetGoReason.PROMISE: f"{standby} stood down",
@@ -151,6 +154,7 @@ class Ending:
             f"{self._name} runs on UNPROTECTED ({why}; {ground})",
             ground=reason.name.lower(),
         )
+        return replace(record, **changes) if record and not recorded else None
 
     async def abandon(
         self,
@@ -183,23 +187,29 @@ class Ending:
             generation=generation,
         )
 
-    async def record(self, **changes: Any) -> None:
+    async def record(self, **changes: Any) -> bool:
         """Change the ledger; where that fails, a restarted daemon asks again, which is safe."""
-        await self.attempt(
+        return await self.attempt(
             "record who owns the guest", self._host.ledger.update, self._uuid, **changes
         )
 
-    async def attempt(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """One step, in a thread: when it fails, say so and go on with the others."""
-        await self.attempt_here(what, asyncio.to_thread(functools.partial(call, *args, **kwargs)))
+    async def attempt(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        """One step, in a thread: when it fails, say so and go on with the others.
 
-    async def attempt_here(self, what: str, work: Awaitable[Any]) -> None:
+        :return: whether it was done
+        """
+        work = asyncio.to_thread(functools.partial(call, *args, **kwargs))
+        return await self.attempt_here(what, work)
+
+    async def attempt_here(self, what: str, work: Awaitable[Any]) -> bool:
         """As :meth:`attempt`, in the event loop."""
         try:
             await work
         except Exception as error:
             log.debug("%s: %s", self._name, what, exc_info=error)
             self.note("trouble", f"{self._name}: could not {what}: {error}")
+            return False
+        return True
 
     def note(self, event: str, text: str, **figures: Any) -> None:
         """Put a sentence into the event log."""

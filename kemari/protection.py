@@ -31,7 +31,7 @@ from kemari.endings import STOP_PATIENCE, Ending, ask_standby
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.host import Host, first_of, in_thread
-from kemari.ledger import Role
+from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Watch, until_silent
 from kemari.output import Output
 from kemari.ownership import next_generation, primary_record, still_stands_by
@@ -51,6 +51,7 @@ class Protection:
     :ivar by_itself: nobody waits for it: one attempt of many
     :ivar stopped: why it was asked to end; "" if it was not
     :ivar lost: it ended because the standby was lost, not because somebody wanted it
+    :ivar unrecorded: what the ledger should say of its end and does not: it could not be written
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Protection:
         self.coming = Coming()
         self.why = "connecting"
         self.lost = False
+        self.unrecorded: Record | None = None
         self.since = time.time()
         self._host = host
         self._peers = peers
@@ -473,7 +475,7 @@ class Protection:
         assert self._source is not None
         assert self._output is not None
         await self._cycle.quiet()
-        await Ending(self._host, self.guest, self.uuid).let_go(
+        self.unrecorded = await Ending(self._host, self.guest, self.uuid).let_go(
             self._source,
             self._output,
             self.standby,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 from checkpoint.errors import CheckpointError
@@ -34,11 +35,13 @@ class Recovery:
 
     :ivar record: what the ledger says
     :ivar resolved: the record after the answer; None until then
+    :ivar unrecorded: what it should be and is not, because the ledger could not be written
     """
 
     def __init__(self, host: Host, peers: Peers, record: Record) -> None:
         self.record = record
         self.resolved: Record | None = None
+        self.unrecorded: Record | None = None
         self._host = host
         self._peers = peers
         self._addresses = tuple(parse_address(text) for text in record.addresses)
@@ -209,6 +212,7 @@ class Recovery:
         except LedgerError as error:
             self._note("trouble", f"{self.record.guest}: {error}; it will be asked for again")
             self.resolved = self.record
+            self.unrecorded = replace(self.record, **changes)
         return self.resolved
 
     def _note(self, event: str, text: str, **figures: Any) -> None:
