@@ -38,6 +38,10 @@ FOUND = (
     Case("primary_killed", "put-stand-down", 1, "stall-long", "release", 7),
     # The daemon's own fault, not the end of the connection, was what ended a copy of disks.
     Case("primary_killed", "put-pages", 9, "stall", "release", 7, disks=True),
+    # A restart in front of a full disk left a takeover unrecorded for good.
+    Case("unrecorded", "takeover-recorded", 1, "kill"),
+    # A standby's debt that a full disk left unrecorded was forgotten, and its copy grew old.
+    Case("talk_and_stop", "apply-batch", 2, "peer-full-stall", "release", 242153294),
 )
 
 
@@ -87,7 +91,7 @@ def test_who_stops_a_beginning_protection_twice_gets_two_answers(
 @pytest.mark.parametrize("action", ACTIONS)
 def test_some_of_the_sweep(action: str) -> None:
     every = [case for case in cases(brief=True) if case.action == action]
-    for case in random.Random(action).sample(every, 12):
+    for case in random.Random(action).sample(every, min(12, len(every))):
         outcome = sweep.run(case)
         assert not outcome.violation, f"{case}: {outcome.violation}"
 

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from checkpoint.errors import CheckpointError
 from checkpoint.memory import MemoryGuest, MemoryHypervisor
 from kemari.config import Config
 from kemari.daemon import Daemon
-from kemari.epoch import StandbyState
+from kemari.epoch import LetGoReason, StandbyState
 from kemari.errors import KemariError
+from kemari.protection import Protection
+from kemari.stragglers import OWED
 from tests.prove.disks import HostDisk, bind
 from tests.prove.simulation import Process
 from tests.prove.standins import HostNetwork
@@ -34,7 +37,10 @@ class Answer:
 
 
 class Machine:
-    """A host: its disk, its guests, its network, and its daemon while that lives."""
+    """A host: its disk, its guests, its network, and its daemon while that lives.
+
+    :ivar full: there is no room for the ledger's records
+    """
 
     def __init__(self, world: World, name: str, config: Config) -> None:
         self.world = world
@@ -45,6 +51,7 @@ class Machine:
         self.process: Process | None = None
         self.daemon: Daemon | None = None
         self.lives = 0
+        self.full = False
         self.disk: HostDisk | None = None
         if world.disks is not None:
             folder = config.paths.state.parent
@@ -79,9 +86,41 @@ class Machine:
         return self.process is not None and self.process.alive
 
     @property
+    def protection(self) -> Protection | None:
+        """The guest's, of the daemon here; it may be over."""
+        return self.daemon.protections.get(GUEST) if self.alive and self.daemon else None
+
+    @property
+    def owes(self) -> bool:
+        """Whether the guest's output was let go, or is just now, without the standby's promise."""
+        if not self.alive or self.daemon is None:
+            return False
+        recorded = any(OWED in record.options for record in self.daemon.host.ledger)
+        ending = self.protection.machine.let_go if self.protection else None
+        unrecorded = any(self.daemon._stragglers._unrecorded)
+        return recorded or unrecorded or ending in (LetGoReason.POLICY, LetGoReason.FORCE)
+
+    @property
     def held(self) -> bool:
         """Whether the guest's output is held here."""
         return bool(self.network.buffers)
+
+    def keeps(self, path: Path) -> bool:
+        """Whether a file is one of this host's."""
+        return path.is_relative_to(self.config.paths.state)
+
+    def fill(self, seconds: float | None = None) -> None:
+        """The ledger's disk is full, for a while or until :attr:`full` is unset."""
+        self.world.log(f"{self.name}: the ledger's disk is full")
+        self.full = True
+        if seconds is not None:
+            self.world.simulation.later(seconds, self.make_room)
+
+    def make_room(self) -> None:
+        """There is room again."""
+        if self.full:
+            self.world.log(f"{self.name}: the ledger's disk has room again")
+        self.full = False
 
     def start(self) -> None:
         """Start the daemon, as a supervisor does."""
@@ -147,7 +186,7 @@ class Machine:
         if self.powered:
             return
         world = self.world
-        other = world.b if self is world.a else world.a
+        other = world.other(self)
         if other.ready and other.guest is None:
             # Back before it was missed, without the guest: docs/failure-model.md, Times.
             world.lost_allowed = True

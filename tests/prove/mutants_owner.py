@@ -48,11 +48,33 @@ OWNER: Final[tuple[Mutant, ...]] = (
             ),
             Edit(
                 "kemari/daemon.py",
-                '            self.host.spawn(work, f"{session.guest}: record the takeover")\n',
-                "            work.close()\n",
+                "        self.host.spawn(remember_takeover(self.host, uuid), "
+                'f"{guest}: record the takeover")\n',
+                "        del uuid, guest\n",
             ),
         ),
-        ("tests/unit/test_kemari_ownership.py",),
+    ),
+    Mutant(
+        "unrecorded-takeover-left-so-by-a-restart",
+        "a takeover that could not be recorded is once it can be, restarted or not",
+        (
+            Edit(
+                "kemari/daemon.py",
+                "            self._remember_takeover(record.uuid, record.guest)\n",
+                "",
+            ),
+        ),
+    ),
+    Mutant(
+        "debt-forgotten-with-a-full-disk",
+        "a standby that owes its promise is asked on, though that could not be recorded",
+        (
+            Edit(
+                "kemari/stragglers.py",
+                "        if unrecorded is not None:\n",
+                '        if unrecorded is not None and uuid == "":\n',
+            ),
+        ),
     ),
     Mutant(
         "promise-of-a-host-that-runs-it",
@@ -64,7 +86,6 @@ OWNER: Final[tuple[Mutant, ...]] = (
                 "    return record.generation < 0 and await host.runs(record)\n",
             ),
         ),
-        ("tests/unit/test_kemari_ownership.py",),
     ),
     Mutant(
         "promise-not-kept",

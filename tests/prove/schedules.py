@@ -129,6 +129,12 @@ class Hosts(RuleBasedStateMachine):
         self.world.log("plugged")
         self.world.network.unplugged.clear()
 
+    @rule(side=_SIDES, full=st.booleans())
+    def room(self, side: str, full: bool) -> None:
+        """A ledger's disk is full, or has room again."""
+        machine = self._machine(side)
+        machine.fill() if full else machine.make_room()
+
     @rule(side=_SIDES, beats=st.sampled_from((0.5, 0.9, 1.5, 3.0, 10.0)))
     def stall(self, side: str, beats: float) -> None:
         """A daemon stands still between two of its steps."""

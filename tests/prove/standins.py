@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from checkpoint.driver import Nic
+from diskbuffer import durable
 from kemari.memory import MemoryNetwork, MemoryOutput, Switch
 from tests.prove.simulation import Simulation
 
@@ -57,6 +59,27 @@ class Control:
 
     async def close(self) -> None:
         """There is no socket."""
+
+
+class Durable(types.ModuleType):
+    """Stands in for :mod:`diskbuffer.durable` where the ledger uses it.
+
+    :param full: whether there is no room for a file
+    """
+
+    def __init__(self, full: Callable[[Path], bool]) -> None:
+        super().__init__("durable")
+        self._full = full
+        self.remove = durable.remove  # needs no room
+
+    def replace(
+        self, path: Path, parts: Iterable[bytes | bytearray], reached: Callable[[str], None]
+    ) -> None:
+        """See :func:`diskbuffer.durable.replace`."""
+        if self._full(path):
+            reached("write")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        durable.replace(path, parts, reached)
 
 
 class SeenSwitch(Switch):

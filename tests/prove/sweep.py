@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from checkpoint.errors import ReviveError
+from kemari.recovery import PATIENT_PACE
 from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.simulation import Stuck
 from tests.prove.world import HEARTBEAT, Fault, Violation, World
@@ -23,6 +24,12 @@ def _ask(world: World, machine: Machine, operation: str, limit: float = 60.0) ->
     answer = machine.ask(operation, domain=GUEST)
     world.run(lambda: answer.done or not machine.alive, limit)
     return answer
+
+
+def _stall(machine: Machine, beats: float) -> None:
+    if machine.process is not None:
+        machine.world.log(f"{machine.name}: stands still for {beats} heartbeat times")
+        machine.world.simulation.stall(machine.process, beats * HEARTBEAT)
 
 
 def talk_and_stop(world: World) -> None:
@@ -114,6 +121,19 @@ def left_buffer(world: World) -> None:
     world.answers(3, 90)
 
 
+def unrecorded(world: World) -> None:
+    """A takeover cannot be recorded, and the primary was not dead but stood still."""
+    world.protect()
+    world.answers(3)
+    world.b.fill()
+    _stall(world.a, 12.0)
+    world.wait(14 * HEARTBEAT)
+    world.answers(3, 90)
+    world.b.make_room()
+    world.wait(PATIENT_PACE + 1.0)
+    world.answers(3, 90)
+
+
 def declined(world: World) -> None:
     """A guest is to be moved, but cannot be run on the other host."""
     world.protect()
@@ -181,6 +201,7 @@ ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     left_buffer: "b",
     declined: "a",
     refused: "a",
+    unrecorded: "b",
 }
 #: As above, of those that are about the guest's disk; the others are also run with one.
 DISKS_END_ON: Final[dict[Callable[[World], None], str]] = {
@@ -196,17 +217,6 @@ WORLDS: Final = (
 )
 
 # ---- Faults -----------------------------------------------------------------------------------
-
-
-def _other(machine: Machine) -> Machine:
-    world = machine.world
-    return world.b if machine is world.a else world.a
-
-
-def _stall(machine: Machine, beats: float) -> None:
-    if machine.process is not None:
-        machine.world.log(f"{machine.name}: stands still for {beats} heartbeat times")
-        machine.world.simulation.stall(machine.process, beats * HEARTBEAT)
 
 
 def _reset(machine: Machine) -> None:
@@ -230,6 +240,14 @@ def _knock(machine: Machine) -> None:
     machine.world.faults.append(Fault("released", nth, Machine.power_cut))
 
 
+def _full_and_stall(machine: Machine) -> None:
+    """What the other host does meanwhile cannot be recorded there."""
+    machine.world.other(machine).fill(_SCARCE)
+    _stall(machine, 12.0)
+
+
+#: Virtual seconds for which there is no room.
+_SCARCE: Final = 20 * HEARTBEAT
 #: Name -> what happens; given the machine whose daemon has reached the point.
 ACTIONS: Final[dict[str, Callable[[Machine], None]]] = {
     "kill": Machine.kill,
@@ -240,12 +258,17 @@ ACTIONS: Final[dict[str, Callable[[Machine], None]]] = {
     "cut": _reset,
     "unplug": lambda machine: _unplug(machine, "link"),
     "partition": lambda machine: _unplug(machine, "link", "lan"),
-    "peer-kill": lambda machine: _other(machine).kill(),
+    "peer-kill": lambda machine: machine.world.other(machine).kill(),
     "knock": _knock,
-    "peer-power": lambda machine: _other(machine).power_cut(),
+    "peer-power": lambda machine: machine.world.other(machine).power_cut(),
+    "full": lambda machine: machine.fill(_SCARCE),
+    "peer-full-stall": _full_and_stall,
 }
 
+#: In short form each point meets one of these, by turns, and every one of the others.
+_RARE: Final = ("full", "peer-full-stall")
 
+_COMMON: Final = tuple(action for action in ACTIONS if action not in _RARE)
 #: What happens in short form at points that only a guest with a disk reaches.
 _DISK_ACTIONS: Final = ("kill", "power", "stall", "cut", "peer-kill", "peer-power")
 
@@ -316,7 +339,9 @@ def _check_course(world: World, owner: str) -> None:
     machine = world.machines[owner]
     if machine.guest is None:
         raise Violation(f"the guest does not run on {owner} in the end")
-    troubles = [line for line in world.logs() if '"trouble"' in line or '"fault"' in line]
+    # That a record could not be written has to be told.
+    lines = [line for line in world.logs() if "cannot be written" not in line]
+    troubles = [line for line in lines if '"trouble"' in line or '"fault"' in line]
     if troubles:
         raise Violation(f"trouble where there should be none: {troubles[0]}")
     if world.reached.get("released", 0) < 3:
@@ -330,7 +355,8 @@ def cases(
 ) -> Iterator[Case]:
     """All runs of the sweep.
 
-    :param brief: each point and action once, in the scenario that reaches the point first
+    :param brief: each point and action once, in the scenario that reaches the point first; of the
+        rarer actions one for each point
     """
     done: set[str] = set()
     for scenario, disks in WORLDS:
@@ -338,10 +364,11 @@ def cases(
         for point, count in counts.items():
             if brief and point in done:
                 continue
+            rare = _RARE[len(done) % len(_RARE)]
             done.add(point)
             times = {(1 + count) // 2} if brief else {1, 2, (1 + count) // 2, count - 1, count}
             for nth in sorted(times & set(range(1, count + 1))):
-                for action in _DISK_ACTIONS if brief and disks else ACTIONS:
+                for action in (*(_DISK_ACTIONS if disks else _COMMON), rare) if brief else ACTIONS:
                     for policy in policies[:1] if brief else policies:
                         if policy == "hold" or _decidable(scenario, action):
                             yield Case(scenario, point, nth, action, policy, disks=disks)

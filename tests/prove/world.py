@@ -25,12 +25,12 @@ from checkpoint import faultpoints
 from checkpoint.memory import MemoryGuest, digest_of, parse_answer
 from kemari.config import Address, Config, Paths
 from kemari.epoch import PrimaryState
-from kemari.stragglers import OWED
+from tests.prove.aftermath import ill
 from tests.prove.disks import DISK, Disks
 from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.network import Network
 from tests.prove.simulation import Process, Simulation
-from tests.prove.standins import Clock, Control, HostNetwork, SeenSwitch, Threading
+from tests.prove.standins import Clock, Control, Durable, HostNetwork, SeenSwitch, Threading
 
 HEARTBEAT: Final = 0.4
 #: Virtual seconds between an answer and the client's next request, and until it repeats one.
@@ -53,7 +53,7 @@ class _Seen(BaseException):
 
 
 @dataclass(slots=True)
-class _Copy:
+class Copy:
     """One life of the guest on one host: from boot or revival to its end."""
 
     host: str
@@ -115,9 +115,9 @@ class World:
         self.violation = ""
         self.moves = 0
         self._runs = False
-        self._copies: list[_Copy] = []
+        self._copies: list[Copy] = []
         self._last = b""
-        self._owner: _Copy | None = None
+        self._owner: Copy | None = None
         names = ("a", "b")
         address = {
             (name, wire): f"10.{row}.0.{column}"
@@ -153,7 +153,7 @@ class World:
             self.machines[name] = Machine(self, name, config)
         self.a, self.b = self.machines["a"], self.machines["b"]
         guest = self._boot()
-        self._copies.append(_Copy("a", guest, seen=True))
+        self._copies.append(Copy("a", guest, seen=True))
         self._owner = self._copies[0]
 
     def _boot(self) -> MemoryGuest:
@@ -175,9 +175,13 @@ class World:
                 self._replace(module, "time", clock)
         for locked in (checkpoint.memory, kemari.ledger, kemari.memory):
             self._replace(locked, "threading", Threading("threading"))
+        self._replace(kemari.ledger, "durable", Durable(self._full))
         self._replace(kemari.daemon, "ControlServer", Control)
         faultpoints.arm(self._reached)
         self._patches.callback(faultpoints.arm, None)
+
+    def _full(self, path: Path) -> bool:
+        return any(each.full and each.keeps(path) for each in self.machines.values())
 
     def _replace(self, module: Any, name: str, value: Any) -> None:
         self._patches.callback(setattr, module, name, getattr(module, name))
@@ -200,6 +204,10 @@ class World:
         for network in self.networks:
             network.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def other(self, machine: Machine) -> Machine:
+        """The other host."""
+        return self.b if machine is self.a else self.a
 
     def log(self, text: str) -> None:
         """Remember what happened, for whoever has to understand a violation."""
@@ -251,7 +259,7 @@ class World:
 
     def _send(self, number: int) -> None:
         """To every copy that a frame could reach: a switch may know the address at either port."""
-        for copy in self._living():
+        for copy in self.living():
             if copy.guest.answered <= number + 1:
                 copy.guest.request(number)
         if self.disks is not None:
@@ -261,16 +269,16 @@ class World:
         """The guest writes to its disk, so many times, without being asked for anything."""
         if self.disks is None:
             return
-        for copy in self._living():
+        for copy in self.living():
             for _ in range(writes):
                 self.disks.chore(self.machines[copy.host], copy.guest)
 
-    def _living(self) -> list[_Copy]:
+    def living(self) -> list[Copy]:
         """Copies of the guest that run now, in the order in which they came to life."""
         for machine in self.machines.values():
             guest = machine.guest
             if guest is not None and not any(copy.guest is guest for copy in self._copies):
-                self._copies.append(_Copy(machine.name, guest))
+                self._copies.append(Copy(machine.name, guest))
         return [
             copy
             for copy in self._copies
@@ -279,7 +287,7 @@ class World:
 
     def knock(self) -> None:
         """The client's next request comes before its time, whatever the guest is doing."""
-        copies = self._living()
+        copies = self.living()
         if copies:
             copies[-1].guest.request(copies[-1].guest.answered)
 
@@ -313,7 +321,7 @@ class World:
         return "release" in self.fired
 
     def _judge_owner(self, host: str) -> None:
-        here = [copy for copy in self._living() if copy.host == host]
+        here = [copy for copy in self.living() if copy.host == host]
         copy = here[-1] if here else self._of(host)
         if copy is self._owner or copy is None:
             return
@@ -323,7 +331,7 @@ class World:
         self._owner = copy
         self.moves += 1
 
-    def _of(self, host: str) -> _Copy | None:
+    def _of(self, host: str) -> Copy | None:
         """The last copy of a host: what it sent may be seen after its end."""
         return next((copy for copy in reversed(self._copies) if copy.host == host), None)
 
@@ -337,8 +345,8 @@ class World:
 
     def power_fails(self, machine: Machine) -> None:
         """Judge, just before it happens, whether the guest must outlive this."""
-        other = self.b if machine is self.a else self.a
-        copies = self._living()
+        other = self.other(machine)
+        copies = self.living()
         if machine.guest is None:
             self.lost_holder(machine)
             return
@@ -357,7 +365,7 @@ class World:
 
     def lost_holder(self, machine: Machine) -> None:
         """The daemon of a standby ends, and with it the only copy if there is no other."""
-        other = self.b if machine is self.a else self.a
+        other = self.other(machine)
         if machine.guest is None and other.guest is None:
             self.lost_allowed = True
 
@@ -371,19 +379,19 @@ class World:
         for machine in self.machines.values():
             if not machine.alive or machine.daemon is None:
                 continue
-            other = self.b if machine is self.a else self.a
+            other = self.other(machine)
             for protection in machine.daemon.protections.values():
                 protection.machine.check_invariants()
             # The policy went by silence: docs/failure-model.md, What two hosts cannot decide.
             may_fork = machine.config.on_standby_loss == "release"
-            owed = any(OWED in record.options for record in machine.daemon.host.ledger)
+            owed = machine.owes
             if may_fork and (owed or self._recovering(machine)) and other.powered:
                 self.forked = self.forked or other.ready or other.guest is not None
             if self.forked and machine.guest is not None and other.alive:
                 self.forked = bool(other.guest or other.ready)
             for session in machine.daemon.sessions.values():
                 session.machine.check_invariants()
-        visible = [copy for copy in self._living() if not self.machines[copy.host].held]
+        visible = [copy for copy in self.living() if not self.machines[copy.host].held]
         if len(visible) > 1:
             self.fail("two copies have visible output")
         if self.simulation.faults:
@@ -447,49 +455,16 @@ class World:
             # No host is back before the other one has missed it: docs/failure-model.md, Times.
             self.wait(3 * HEARTBEAT)
         for machine in self.machines.values():
+            machine.make_room()
             machine.power_on()
             machine.start()
-        well = self.run(self._well, CALM)
-        if self.lost_allowed and not self._living():
+        well = self.run(lambda: not ill(self), CALM)
+        if self.lost_allowed and not self.living():
             return
         if not well:
-            raise Violation(f"{self._ill()}\n" + "\n".join([*self.story[-60:], *self.logs()]))
+            raise Violation(f"{ill(self)}\n" + "\n".join([*self.story[-60:], *self.logs()]))
         if not self.forked and not self.answers(3, 30) and not self.lost_allowed:
             raise Violation("the guest does not answer\n" + "\n".join([*self.story, *self.logs()]))
-
-    def _well(self) -> bool:
-        return not self._ill()
-
-    def _ill(self) -> str:
-        """What is not as it should be in the end; "" if all is well."""
-        copies = self._living()
-        if not copies:
-            return "the guest runs nowhere"
-        if len(copies) > 1:
-            return "" if self.forked else "the guest runs twice"
-        (copy,) = copies
-        machine = self.machines[copy.host]
-        if copy.guest.paused:
-            return "the guest is paused"
-        other = self.b if machine is self.a else self.a
-        for each in (machine, other):
-            if not each.alive or each.daemon is None:
-                return f"no daemon runs on {each.name}"
-            if each.daemon.recoveries:
-                return f"{each.name} does not know who owns the guest"
-        protection = machine.daemon.protections.get(GUEST) if machine.daemon else None
-        protected = protection is not None and not protection.machine.over
-        if machine.held and not protected:
-            return f"output is held on {machine.name} for nobody"
-        if other.held:
-            return f"output is held on {other.name}, where no guest is"
-        if protected and protection is not None and not protection.machine.protected:
-            return f"a protection has come no further than {protection.state}"
-        if other.hypervisor.shells and not protected:
-            return f"a shell is left on {other.name}"
-        if machine.hypervisor.shells:
-            return f"a shell is left on {machine.name}, where the guest runs"
-        return ""
 
     def logs(self) -> Iterator[str]:
         """The event logs of both hosts."""

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be true of two hosts once every fault is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kemari.ledger import Role
+
+if TYPE_CHECKING:
+    from tests.prove.machine import Machine
+    from tests.prove.world import Copy, World
+
+
+def ill(world: World) -> str:
+    """What is not as it should be in the end; "" if all is well."""
+    copies = world.living()
+    if not copies:
+        return "the guest runs nowhere"
+    if len(copies) > 1:
+        return "" if world.forked else "the guest runs twice"
+    (copy,) = copies
+    machine = world.machines[copy.host]
+    other = world.other(machine)
+    return _of_the_guest(copy, machine, other) or _of_the_rest(machine, other)
+
+
+def _of_the_guest(copy: Copy, machine: Machine, other: Machine) -> str:
+    if copy.guest.paused:
+        return "the guest is paused"
+    for each in (machine, other):
+        if not each.alive or each.daemon is None:
+            return f"no daemon runs on {each.name}"
+        if each.daemon.recoveries:
+            return f"{each.name} does not know who owns the guest"
+    assert machine.daemon is not None
+    record = machine.daemon.host.ledger.get(copy.guest.description.uuid)
+    if record is not None and record.role not in (Role.OWNER, Role.PRIMARY):
+        return f"the guest runs on {machine.name}, in whose ledger it is {record.role}"
+    return ""
+
+
+def _of_the_rest(machine: Machine, other: Machine) -> str:
+    """What is left of a protection that is over, or missing of one that is not."""
+    protection = machine.protection
+    protected = protection is not None and not protection.machine.over
+    if machine.held and not protected:
+        return f"output is held on {machine.name} for nobody"
+    if other.held:
+        return f"output is held on {other.name}, where no guest is"
+    if protected and protection is not None and not protection.machine.protected:
+        return f"a protection has come no further than {protection.state}"
+    if other.hypervisor.shells and not protected:
+        return f"a shell is left on {other.name}"
+    if machine.hypervisor.shells:
+        return f"a shell is left on {machine.name}, where the guest runs"
+    return ""
