@@ -384,7 +384,7 @@ class Daemon:
     async def owner(self, guest: str, generation: int) -> Owner:
         """Who this host is to ``guest`` (UUID)."""
         session = self.sessions.get(guest)
-        if session is not None:
+        if session is not None and not session.settled:
             return session.owner()
         for protection in self.protections.values():
             if protection.uuid == guest and not protection.machine.over:

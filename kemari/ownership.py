@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from checkpoint.driver import Source
 from checkpoint.fields import Fields
@@ -16,6 +16,10 @@ from kemari.host import Host
 from kemari.ledger import Record, Role
 from kemari.peers import OWNING, Peers
 from kemari.shared import RECORDED
+
+#: In the record's options: a handover may have been sent, so the standby may run the guest
+#: without a further word, however long it stood still.
+HANDED: Final = "handed"
 
 
 async def next_generation(
@@ -42,6 +46,14 @@ async def next_generation(
             "expected it to have nothing of that guest"
         )
     return max(own, answer.generation) + 1
+
+
+def handing_over(record: Record) -> dict[str, Any]:
+    """What changes in a primary's record before its guest is handed over.
+
+    A daemon that is started again must not go by its policy after that either.
+    """
+    return {"options": record.options | {HANDED: True}} if record.role is Role.PRIMARY else {}
 
 
 async def still_stands_by(

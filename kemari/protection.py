@@ -34,7 +34,7 @@ from kemari.host import Host, first_of, in_thread
 from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Watch, until_silent
 from kemari.output import Output
-from kemari.ownership import next_generation, primary_record, still_stands_by
+from kemari.ownership import handing_over, next_generation, primary_record, still_stands_by
 from kemari.peers import Peers, further_addresses
 from kemari.statistics import Statistics
 
@@ -184,11 +184,14 @@ class Protection:
 
         :raise Refused: the guest is not protected
         :raise PeerError: the standby could not run it; the guest goes on here
+        :raise LedgerError: it cannot be recorded that the standby may run it from now on
         """
         if not self.machine.protected:
             raise Refused(f"{self.guest} is {self.state}; expected protected")
-        self.note("failover", f"moving {self.guest} to {self.standby}, as asked")
-        self.do(self.machine.handover())
+        await in_thread(self._host.ledger.amend, self.uuid, handing_over)  # before the pause
+        if self.machine.protected:
+            self.note("failover", f"moving {self.guest} to {self.standby}, as asked")
+            self.do(self.machine.handover())
         await first_of(self.coming.ended.wait(), self._holding.wait())
         if self.machine.state is not PrimaryState.MOVED:
             raise PeerError(f"{self.guest} was not moved to {self.standby}: {self.why}")

@@ -20,6 +20,7 @@ from kemari.endings import RESTART_PATIENCE, Asking, patience
 from kemari.host import Host
 from kemari.inquiry import peer_runs
 from kemari.ledger import Duty, LedgerError, Record, Role, duty_at_start
+from kemari.ownership import HANDED
 from kemari.peers import Answer, Peers
 from kemari.shared import RECORDED, settle
 from kemari.stragglers import owing
@@ -103,6 +104,7 @@ class Recovery:
                 here
                 and host.config.on_standby_loss == "release"
                 and not record.options.get(RECORDED)
+                and not record.options.get(HANDED)
                 and waited >= patience(answer, heartbeat)
             )
             if may_release:
@@ -153,6 +155,7 @@ class Recovery:
                 f"{record.guest} does not run on {record.peer} any more: the domain here was "
                 "started since, it is left alone and is UNPROTECTED",
             )
+            await self._reclaim(release=False)
             return resolved
         await _settle_disks(host, record, mine=False)
         # Asking takes its time: it may have ended meanwhile.
@@ -181,14 +184,18 @@ class Recovery:
 
     async def _held(self) -> bool:
         """Whether output of the guest that was protected is still held here."""
+        left = await asyncio.to_thread(self._host.network.leftovers)
+        return not self._devices().isdisjoint(left)
+
+    def _devices(self) -> set[str]:
+        """Those of the guest that was protected, unless another one has them now."""
         others = {
-            device
+            str(device)
             for record in self._host.ledger
             if record.role is Role.PRIMARY and record.uuid != self.record.uuid
             for device in record.options.get("devices", ())
         }
-        mine = set(self.record.options.get("devices", ())) - others
-        return bool(mine.intersection(await asyncio.to_thread(self._host.network.leftovers)))
+        return set(map(str, self.record.options.get("devices", ()))) - others
 
     async def _runs_there(self) -> bool:
         """Whether the peer runs the guest now; asked until it has answered."""
@@ -199,8 +206,8 @@ class Recovery:
         return runs
 
     async def _reclaim(self, *, release: bool) -> None:
-        for device in self.record.options.get("devices", ()):
-            await reclaim(self._host, self.record.guest, str(device), release=release)
+        for device in sorted(self._devices()):
+            await reclaim(self._host, self.record.guest, device, release=release)
 
     async def _put(self, role: Role, generation: int, reason: str, **more: Any) -> Record:
         ledger = self._host.ledger

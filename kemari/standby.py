@@ -145,6 +145,11 @@ class StandbySession:
         await self._do(actions)
         await self.over.wait()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the guest runs here by its own name: it may have ended or gone since."""
+        return self.machine.state is StandbyState.RUNNING and self.over.is_set()
+
     def owner(self) -> Owner:
         """Who this host is to the guest."""
         match self.machine.state:
