@@ -40,6 +40,12 @@ FOUND = (
     Case("primary_killed", "put-pages", 9, "stall", "release", 7, disks=True),
     # A restart in front of a full disk left a takeover unrecorded for good.
     Case("unrecorded", "takeover-recorded", 1, "kill"),
+    # A restarted primary went by its policy although it had handed its guest over.
+    Case("carried_over", "ledger-written", 9, "stall-long", "release", 914547724),
+    # What was held of an old copy that was gone was taken for a new guest's.
+    Case("brought_back", "abandon-destroyed", 1, "kill", "release", 546704033),
+    # A host said from memory that it ran a guest that had been moved away since.
+    Case("carried_over", "put-heartbeat", 1, "unplug", "hold", 30681264),
     # A standby's debt that a full disk left unrecorded was forgotten, and its copy grew old.
     Case("talk_and_stop", "apply-batch", 2, "peer-full-stall", "release", 242153294),
 )

@@ -35,7 +35,8 @@ def _of_the_guest(copy: Copy, machine: Machine, other: Machine) -> str:
             return f"{each.name} does not know who owns the guest"
     assert machine.daemon is not None
     record = machine.daemon.host.ledger.get(copy.guest.description.uuid)
-    if record is not None and record.role not in (Role.OWNER, Role.PRIMARY):
+    owning = (Role.OWNER, Role.PRIMARY)
+    if record is not None and record.role not in owning and not copy.by_hand:
         return f"the guest runs on {machine.name}, in whose ledger it is {record.role}"
     return ""
 

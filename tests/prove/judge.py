@@ -33,6 +33,9 @@ _FIRST: Final = (
     sweep.Case("talk_and_stop", "got-pages", 6, "partition"),
     sweep.Case("unrecorded", "takeover-recorded", 1, "kill"),
     sweep.Case("talk_and_stop", "got-state", 1, "peer-full-stall", "release"),
+    sweep.Case("brought_back", "abandon-destroyed", 1, "kill", "release", 546704033),
+    sweep.Case("carried_over", "put-heartbeat", 1, "unplug", "hold", 30681264),
+    sweep.Case("carried_over", "ledger-written", 9, "stall-long", "release"),
 )
 #: Faults that are tried first where the guest's disk is concerned: (point, its time, action).
 _DISK_FIRST: Final = (
@@ -95,7 +98,7 @@ def _runs() -> Iterator[tuple[str, sweep.Outcome]]:
         for seed in range(3):
             yield f"course of {scenario}", sweep.baseline(scenario, seed=seed)
     for first in _FIRST:
-        for seed in (0, 7, 9):
+        for seed in {first.seed, 0, 7, 9}:
             case = replace(first, seed=seed)
             yield f"sweep, {case}", sweep.run(case)
     for seed in range(6):

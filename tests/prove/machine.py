@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ from kemari.epoch import LetGoReason, StandbyState
 from kemari.errors import KemariError
 from kemari.protection import Protection
 from kemari.stragglers import OWED
+from tests.prove.administrator import JudgedHypervisor, judge_destruction
 from tests.prove.disks import HostDisk, bind
 from tests.prove.simulation import Process
 from tests.prove.standins import HostNetwork
@@ -61,9 +63,10 @@ class Machine:
     def _boot(self) -> None:
         self.network = HostNetwork(self.name, self.world.switch)
         if self.disk is not None and self.world.disks is not None:
-            self.hypervisor = bind(self.world.disks, self, self.disk)
+            self.hypervisor: MemoryHypervisor = bind(self.world.disks, self, self.disk)
         else:
-            self.hypervisor = MemoryHypervisor(self.network.transmit)
+            judge = functools.partial(judge_destruction, self)
+            self.hypervisor = JudgedHypervisor(self.network.transmit, judge)
         self.world.networks.append(self.network)
 
     @property
@@ -102,8 +105,9 @@ class Machine:
 
     @property
     def held(self) -> bool:
-        """Whether the guest's output is held here."""
-        return bool(self.network.buffers)
+        """Whether the guest's output is held here, or that of one that is gone."""
+        held, guest = self.network.buffers, self.guest
+        return any(nic.vif in held for nic in guest.nics) if guest else bool(held)
 
     def keeps(self, path: Path) -> bool:
         """Whether a file is one of this host's."""

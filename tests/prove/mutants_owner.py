@@ -154,7 +154,6 @@ OWNER: Final[tuple[Mutant, ...]] = (
                 "        if here and generation < 0:\n",
             ),
         ),
-        ("tests/unit/test_kemari_ownership.py",),
     ),
     Mutant(
         "stale-copy-spared",
@@ -166,7 +165,39 @@ OWNER: Final[tuple[Mutant, ...]] = (
                 "        if here and not await self._runs_there():\n",
             ),
         ),
-        ("tests/unit/test_kemari_ownership.py",),
+    ),
+    Mutant(
+        "gone-copy-taken-for-the-new-one",
+        "what was held of an old copy that is gone does not make a new guest one",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "        return known and not self._devices()",
+                "        return not self._devices()",
+            ),
+        ),
+    ),
+    Mutant(
+        "running-from-memory",
+        "a host that took over says that the guest runs there only while it does",
+        (
+            Edit(
+                "kemari/daemon.py",
+                "        if session is not None and not session.settled:\n",
+                "        if session is not None:\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "policy-after-handover-and-restart",
+        "after a handover the policy does not count, restarted or not",
+        (
+            Edit(
+                "kemari/recovery.py",
+                "                and not record.options.get(HANDED)\n",
+                "",
+            ),
+        ),
     ),
     Mutant(
         "another-guest-of-the-name",
@@ -247,8 +278,8 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 "kemari/recovery.py",
-                "        await self._reclaim(release=False)\n",
-                "        await self._reclaim(release=True)\n",
+                "        await self._reclaim(release=False)\n        self._note(\n",
+                "        await self._reclaim(release=True)\n        self._note(\n",
             ),
         ),
     ),

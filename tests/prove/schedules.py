@@ -7,7 +7,9 @@ that races with a failover, moves to and fro over several generations.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+from collections.abc import Callable
+from typing import ClassVar, Final
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -20,11 +22,18 @@ from hypothesis.stateful import (
 )
 
 from checkpoint.faultpoints import POINTS
+from tests.prove import administrator
 from tests.prove.machine import GUEST, Machine
 from tests.prove.sweep import ACTIONS
 from tests.prove.world import HEARTBEAT, Fault, World
 
 _SIDES = st.sampled_from(("a", "b"))
+_BY_HAND: Final[dict[str, Callable[[Machine], bool]]] = {
+    "end": administrator.end,
+    "move": administrator.move,
+    "start": administrator.start,
+    "start anew": functools.partial(administrator.start, same=False),
+}
 _WIRES = st.sampled_from((("link",), ("lan",), ("link", "lan")))
 
 
@@ -128,6 +137,12 @@ class Hosts(RuleBasedStateMachine):
         assert self.world is not None
         self.world.log("plugged")
         self.world.network.unplugged.clear()
+
+    @precondition(lambda self: self.world and self.world.disks is None)
+    @rule(side=_SIDES, work=st.sampled_from(sorted(_BY_HAND)))
+    def by_hand(self, side: str, work: str) -> None:
+        """An administrator works with xl, where that is possible."""
+        _BY_HAND[work](self._machine(side))
 
     @rule(side=_SIDES, full=st.booleans())
     def room(self, side: str, full: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Final
 
 from checkpoint.errors import ReviveError
 from kemari.recovery import PATIENT_PACE
+from tests.prove import administrator
 from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.simulation import Stuck
 from tests.prove.world import HEARTBEAT, Fault, Violation, World
@@ -189,6 +190,57 @@ def protected_again(world: World) -> None:
     world.answers(3)
 
 
+def brought_back(world: World) -> None:
+    """A guest is moved, ended there, and started again by hand where it was."""
+    world.protect()
+    world.answers(3)
+    _ask(world, world.a, "failover")
+    world.answers(3)
+    administrator.end(world.b)
+    administrator.start(world.a)
+    world.answers(2)
+    world.a.kill()
+    world.wait(2.0)
+    world.answers(2, 90)
+    world.protect()
+    world.answers(3, 90)
+
+
+def carried_over(world: World) -> None:
+    """A guest is moved to and fro, now with the daemons' help and now by hand."""
+    world.protect()
+    world.answers(2)
+    _ask(world, world.a, "stop")
+    world.run(lambda: administrator.move(world.a), 2.0)
+    world.answers(2)
+    world.protect("b")
+    world.answers(2)
+    _ask(world, world.b, "failover")
+    world.answers(2)
+    administrator.move(world.a)
+    world.b.kill()
+    world.wait(2.0)
+    world.answers(3, 90)
+
+
+def old_copy(world: World) -> None:
+    """The primary is cut off; the guest ends where it went, and is started again by hand."""
+    world.protect()
+    world.answers(3)
+    world.a.supervised = False
+    world.network.unplugged.update(("link", "lan"))
+    world.wait(4 * HEARTBEAT)
+    world.answers(2)
+    administrator.end(world.b)
+    world.a.kill()
+    world.network.unplugged.clear()
+    world.a.supervised = True
+    world.a.start()
+    world.wait(2.0)
+    administrator.start(world.a, same=False)
+    world.answers(3, 90)
+
+
 #: Scenario -> the host that runs the guest in the end, if nothing more goes wrong.
 ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     talk_and_stop: "a",
@@ -203,13 +255,21 @@ ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     refused: "a",
     unrecorded: "b",
 }
+#: As above, of those with an administrator who works by hand, on a guest without disks.
+BY_HAND_END_ON: Final[dict[Callable[[World], None], str]] = {
+    brought_back: "a",
+    carried_over: "b",
+    old_copy: "a",
+}
 #: As above, of those that are about the guest's disk; the others are also run with one.
 DISKS_END_ON: Final[dict[Callable[[World], None], str]] = {
     there_and_back: "a",
     protected_again: "b",
 }
-SCENARIOS: Final = {each.__name__: each for each in ENDS_ON}
+_ENDS_ON: Final = ENDS_ON | BY_HAND_END_ON | DISKS_END_ON
+SCENARIOS: Final = {each.__name__: each for each in (*ENDS_ON, *BY_HAND_END_ON)}
 DISK_SCENARIOS: Final = {each.__name__: each for each in (*DISKS_END_ON, *ENDS_ON)}
+_COURSES: Final = SCENARIOS | DISK_SCENARIOS
 #: (scenario, whether the guest has a disk) of all runs.
 WORLDS: Final = (
     *((scenario, False) for scenario in SCENARIOS),
@@ -311,7 +371,7 @@ def run(case: Case) -> Outcome:
     with World(case.seed, policy=case.policy, disks=case.disks) as world:
         world.faults.append(Fault(case.point, case.nth, ACTIONS[case.action]))
         try:
-            DISK_SCENARIOS[case.scenario](world)
+            _COURSES[case.scenario](world)
             world.settle()
         except (AssertionError, Stuck, Violation) as error:
             outcome.violation = str(error) or repr(error)
@@ -325,10 +385,10 @@ def baseline(scenario: str, policy: str = "hold", seed: int = 0, *, disks: bool 
     outcome = Outcome()
     with World(seed, policy=policy, disks=disks) as world:
         try:
-            course = DISK_SCENARIOS[scenario]
+            course = _COURSES[scenario]
             course(world)
             world.settle()
-            _check_course(world, (ENDS_ON | DISKS_END_ON)[course])
+            _check_course(world, _ENDS_ON[course])
         except (AssertionError, Stuck, Violation) as error:
             outcome.violation = str(error) or repr(error)
         outcome.reached = dict(world.reached)
@@ -376,4 +436,4 @@ def cases(
 
 def _decidable(scenario: str, action: str) -> bool:
     """Whether two hosts could know of each other: docs/failure-model.md tells what is else."""
-    return scenario not in ("cut_off", "left_buffer") and action != "partition"
+    return scenario not in ("cut_off", "left_buffer", "old_copy") and action != "partition"

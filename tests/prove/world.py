@@ -54,11 +54,15 @@ class _Seen(BaseException):
 
 @dataclass(slots=True)
 class Copy:
-    """One life of the guest on one host: from boot or revival to its end."""
+    """One life of the guest on one host: from boot or revival to its end.
+
+    :ivar by_hand: an administrator has brought it here
+    """
 
     host: str
     guest: MemoryGuest
     seen: bool = False
+    by_hand: bool = False
 
 
 @dataclass(slots=True)
@@ -86,6 +90,7 @@ class World:
     :param policy: ``on_standby_loss``
     :param disks: whether the guest has one
     :ivar answered: requests whose answers the client has
+    :ivar uuid: the guest's
     :ivar moves: how often another copy than before was seen
     :ivar reached: point -> how often it was reached
     :ivar lost_allowed: the guest may be gone: its host died without a copy elsewhere
@@ -153,8 +158,12 @@ class World:
             self.machines[name] = Machine(self, name, config)
         self.a, self.b = self.machines["a"], self.machines["b"]
         guest = self._boot()
-        self._copies.append(Copy("a", guest, seen=True))
-        self._owner = self._copies[0]
+        self.uuid = guest.description.uuid
+        self._begin(Copy("a", guest, seen=True))
+
+    def _begin(self, copy: Copy) -> None:
+        self._copies.append(copy)
+        self._owner = copy
 
     def _boot(self) -> MemoryGuest:
         disk = self.a.disk
@@ -290,6 +299,19 @@ class World:
         copies = self.living()
         if copies:
             copies[-1].guest.request(copies[-1].guest.answered)
+
+    def begin_anew(self, machine: Machine, guest: MemoryGuest) -> None:
+        """An administrator has started the guest, which remembers nothing."""
+        self._begin(Copy(machine.name, guest, seen=True, by_hand=True))
+        self.uuid = guest.description.uuid
+        self.answered, self._last = 0, b""
+        self.lost_allowed = self.forked = False
+        if self.talking:
+            self.simulation.later(0, self._ask)
+
+    def carry_on(self, machine: Machine, guest: MemoryGuest) -> None:
+        """An administrator has moved the guest, which remembers everything."""
+        self._begin(Copy(machine.name, guest, seen=True, by_hand=True))
 
     # ---- Section: what is seen from outside ----
 
