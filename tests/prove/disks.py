@@ -157,6 +157,7 @@ class HostDisk:
     def power_cut(self, chance: random.Random) -> None:
         """What was not flushed may be gone."""
         self.end()
+        self.target.stuck = 0.0
         self.outcomes = [self.target.left(chance) for _ in range(OUTCOMES)]
         self.target.crash(self.outcomes[-1])
         self.files.crash(chance)
@@ -240,7 +241,7 @@ class Disks:
     def patches(self) -> Iterator[tuple[types.ModuleType, str, Any]]:
         """(module, name, what stands in for it there)."""
         targets = {disk.image: disk.target for disk in self.hosts.values()}
-        self._os = DiskOs(targets)
+        self._os = DiskOs(targets, self._world.simulation.hang)
         yield diskbuffer.backing, "os", self._os
         yield diskbuffer.backing, "_libc", self._os
         yield diskbuffer.durable, "os", FileOs(self._files)

@@ -126,6 +126,12 @@ class Machine:
             self.world.log(f"{self.name}: the ledger's disk has room again")
         self.full = False
 
+    def stick(self, seconds: float) -> None:
+        """The next call of a daemon to the guest's disk here stands still; others pass it."""
+        if self.disk is not None:
+            self.world.log(f"{self.name}: a call to the disk stands still for {seconds:g} s")
+            self.disk.target.stuck = seconds
+
     def start(self) -> None:
         """Start the daemon, as a supervisor does."""
         if self.alive or not self.powered:

@@ -120,7 +120,6 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
             '        await _attempt(self, "close the disks", self._disks.close())\n',
             "",
         ),
-        tests=("tests/unit/test_kemari_disks.py",),
     ),
     _mutant(
         "disk-served-as-no-replica",

@@ -144,6 +144,12 @@ class Hosts(RuleBasedStateMachine):
         """An administrator works with xl, where that is possible."""
         _BY_HAND[work](self._machine(side))
 
+    @precondition(lambda self: self.world and self.world.disks is not None)
+    @rule(side=_SIDES, seconds=st.sampled_from((0.5, 3.0, 20.0)))
+    def stick(self, side: str, seconds: float) -> None:
+        """A call to a disk stands still."""
+        self._machine(side).stick(seconds)
+
     @rule(side=_SIDES, full=st.booleans())
     def room(self, side: str, full: bool) -> None:
         """A ledger's disk is full, or has room again."""

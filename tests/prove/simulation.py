@@ -408,6 +408,26 @@ class Simulation:
         if running:
             self._park(parked)
 
+    def hang(self, seconds: float) -> None:
+        """Have the thread that runs stand still, while its process and all others go on."""
+        process = self.current
+        if process is None or not process.in_thread:
+            return
+        process.in_thread = False
+        parked = _Parked()
+        self.later(seconds, self._go_on, process, parked)
+        self._park(parked)
+        process.in_thread = True
+
+    def _go_on(self, process: Process, parked: _Parked) -> _Parked | None:
+        if process.stalled:
+            self.later(THREAD_TIME, self._go_on, process, parked)
+        if process.stalled or not process.alive:
+            return None
+        self.current = process
+        self._parked.remove(parked)
+        return parked
+
     def _resume(self, process: Process, parked: _Parked | None) -> _Parked | None:
         process.stalled = False
         deferred, process.deferred = process.deferred, []

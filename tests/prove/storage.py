@@ -26,6 +26,7 @@ class Target:
     """What holds a guest's disk on one host.
 
     :param changed: called with (first byte, end) after each change
+    :ivar stuck: seconds for which the next call of a daemon stands still
     :ivar now: what its kernel shows
     :ivar stable: what is on stable storage for sure
     :ivar pending: (offset, data) of what was written since the last flush, in order
@@ -35,6 +36,7 @@ class Target:
         self.now = bytearray(contents)
         self.stable = bytearray(contents)
         self.pending: list[tuple[int, bytes]] = []
+        self.stuck = 0.0
         self._changed = changed
 
     def write(self, offset: int, data: bytes) -> None:
@@ -202,11 +204,13 @@ class DiskOs(_Os):
     """For :mod:`diskbuffer.backing`: a target is a file of its size, whose contents are elsewhere.
 
     :param targets: path -> target
+    :param hang: has the calling thread stand still for so many seconds
     """
 
-    def __init__(self, targets: dict[Path, Target]) -> None:
+    def __init__(self, targets: dict[Path, Target], hang: Callable[[float], None]) -> None:
         super().__init__()
         self._targets = targets
+        self._hang = hang
         self._open: dict[int, Target] = {}
 
     def open(self, path: Path, flags: int) -> int:
@@ -222,17 +226,26 @@ class DiskOs(_Os):
 
     def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
         """See :func:`os.pwrite`."""
+        self._stand_still(descriptor)
         self._open[descriptor].write(offset, bytes(data))
         return len(data)
 
     def fdatasync(self, descriptor: int) -> None:
         """See :func:`os.fdatasync`."""
+        self._stand_still(descriptor)
         self._open[descriptor].flush()
 
     def fallocate(self, descriptor: int, _mode: int, offset: int, length: int) -> int:
         """As the C library's: a hole reads as zeros."""
+        self._stand_still(descriptor)
         self._open[descriptor].write(offset, bytes(length))
         return 0
+
+    def _stand_still(self, descriptor: int) -> None:
+        target = self._open[descriptor]
+        seconds, target.stuck = target.stuck, 0.0
+        if seconds:
+            self._hang(seconds)
 
     def end(self) -> None:
         """Close what killed processes had open."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -241,6 +241,23 @@ def old_copy(world: World) -> None:
     world.answers(3, 90)
 
 
+def stuck_disk(world: World) -> None:
+    """A call to the replica's disk stands still, while a protection ends and the next begins."""
+    world.protect()
+    world.answers(3)
+    world.wait(1.0)
+    world.b.stick(3.0)
+    world.busy(3)
+    world.answers(5)
+    _ask(world, world.a, "stop")
+    world.answers(3)
+    world.protect()
+    world.answers(3)
+    world.wait(3.0)
+    world.a.power_cut()
+    world.answers(3)
+
+
 #: Scenario -> the host that runs the guest in the end, if nothing more goes wrong.
 ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     talk_and_stop: "a",
@@ -265,6 +282,7 @@ BY_HAND_END_ON: Final[dict[Callable[[World], None], str]] = {
 DISKS_END_ON: Final[dict[Callable[[World], None], str]] = {
     there_and_back: "a",
     protected_again: "b",
+    stuck_disk: "b",
 }
 _ENDS_ON: Final = ENDS_ON | BY_HAND_END_ON | DISKS_END_ON
 SCENARIOS: Final = {each.__name__: each for each in (*ENDS_ON, *BY_HAND_END_ON)}
@@ -323,12 +341,14 @@ ACTIONS: Final[dict[str, Callable[[Machine], None]]] = {
     "peer-power": lambda machine: machine.world.other(machine).power_cut(),
     "full": lambda machine: machine.fill(_SCARCE),
     "peer-full-stall": _full_and_stall,
+    "stuck": lambda machine: machine.stick(10 * HEARTBEAT),
 }
 
 #: In short form each point meets one of these, by turns, and every one of the others.
 _RARE: Final = ("full", "peer-full-stall")
-
-_COMMON: Final = tuple(action for action in ACTIONS if action not in _RARE)
+#: As above, with a disk, and with one only.
+_DISK_RARE: Final = ("stuck",)
+_COMMON: Final = tuple(action for action in ACTIONS if action not in (*_RARE, *_DISK_RARE))
 #: What happens in short form at points that only a guest with a disk reaches.
 _DISK_ACTIONS: Final = ("kill", "power", "stall", "cut", "peer-kill", "peer-power")
 
@@ -424,14 +444,23 @@ def cases(
         for point, count in counts.items():
             if brief and point in done:
                 continue
-            rare = _RARE[len(done) % len(_RARE)]
             done.add(point)
             times = {(1 + count) // 2} if brief else {1, 2, (1 + count) // 2, count - 1, count}
             for nth in sorted(times & set(range(1, count + 1))):
-                for action in (*(_DISK_ACTIONS if disks else _COMMON), rare) if brief else ACTIONS:
+                for action in _some(disks, len(done)) if brief else _every(disks):
                     for policy in policies[:1] if brief else policies:
                         if policy == "hold" or _decidable(scenario, action):
                             yield Case(scenario, point, nth, action, policy, disks=disks)
+
+
+def _every(disks: bool) -> Iterable[str]:
+    return (action for action in ACTIONS if disks or action not in _DISK_RARE)
+
+
+def _some(disks: bool, turn: int) -> Iterable[str]:
+    """What happens at a point in short form."""
+    rare = _DISK_RARE if disks else _RARE
+    return *(_DISK_ACTIONS if disks else _COMMON), rare[turn % len(rare)]
 
 
 def _decidable(scenario: str, action: str) -> bool:
