@@ -69,11 +69,13 @@ class Life:
 
     :ivar writes: (offset, data) of all that this guest, and those it comes from, have written
     :ivar image: what its disk holds
+    :ivar flushed: so many of its writes were followed by a flush that succeeded
     """
 
     number: int
     writes: list[tuple[int, bytes]]
     image: bytearray
+    flushed: int = 0
 
 
 class _Timer:
@@ -287,13 +289,13 @@ class Disks:
         server = self._server(machine)
         had, before, _ = _HEADER.unpack(server.read(_HEADER_AT, _HEADER.size))
         self._write(machine, guest, _HEADER_AT, _HEADER.pack(had, before, 1))
-        server.flush()
+        self._flush(machine, guest)
         life, _ = _MEMORY.unpack_from(guest.memory, _MEMORY_AT)
         self._write(machine, guest, _place(number), _ENTRY.pack(number + 1, life) * 32)
-        server.flush()
+        self._flush(machine, guest)
         digest = bytes(guest.memory[8:24])
         self._write(machine, guest, _HEADER_AT, _HEADER.pack(number + 1, digest, 0))
-        server.flush()
+        self._flush(machine, guest)
         if number % 3 == 0:
             self._scratch(machine, guest)
 
@@ -319,6 +321,17 @@ class Disks:
         done = server.write(offset, data) if any(data) else server.discard(offset, len(data))
         if not done:
             self._world.fail(f"the guest runs on {machine.name}, whose copy refuses its changes")
+
+    def _flush(self, machine: Machine, guest: MemoryGuest) -> None:
+        """Until it succeeds; after a failure all that was written since the last time is again."""
+        life = self._lives[_MEMORY.unpack_from(guest.memory, _MEMORY_AT)[0]]
+        while not self._server(machine).flush():
+            for offset, data in life.writes[life.flushed :]:
+                self._write(machine, guest, offset, data)
+        life.flushed = len(life.writes)
+        target = self.hosts[machine.name].target
+        if target.lost or target.pending:
+            self._world.fail(f"a flush on {machine.name} succeeded, but not all is on the disk")
 
     def _server(self, machine: Machine) -> DiskServer:
         server = self.hosts[machine.name].server
@@ -354,7 +367,7 @@ class Disks:
             later = any(at - len(data) < place <= at for place, data in before.writes[count:])
             why = "it holds a change of a later epoch" if later else "a change is missing"
             self._world.fail(f"{where} was not that of its epoch at byte {at}: {why}")
-        if disk.target.pending:
+        if disk.target.pending or disk.target.lost:
             self._world.fail(f"{where} was not flushed")
         known = disk.known
         if known.mine is None or known.mine.role is not Role.DISK or not known.believable:
@@ -362,7 +375,7 @@ class Disks:
         if known.marked:
             self._world.fail(f"{where} had a bitmap of another time")
         self.revivals += 1
-        self._lives.append(Life(len(self._lives), before.writes[:count], image))
+        self._lives.append(Life(len(self._lives), before.writes[:count], image, count))
         self._remember(guest, self._lives[-1].number, count)
 
     def check_marks(self, first: int, end: int) -> None:

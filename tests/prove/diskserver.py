@@ -24,7 +24,7 @@ from diskbuffer.errors import BitmapError
 from diskbuffer.status import Figures, Flag, StreamState
 from diskbuffer.stream import Flags, Kind, Record
 from tests.prove.localsocket import Line
-from tests.prove.storage import Files, Target
+from tests.prove.storage import Files, Opened, Target
 
 #: Bytes that are marked ahead of a sequential write.
 AHEAD: Final = 1 << 20
@@ -185,6 +185,9 @@ class DiskServer:
         self.page = Page(folder / "status")
         self._timer = timer
         self._target = target
+        # The guest's, and one for clearing marks: each is told of a failure, see _disk.h.
+        self._opened, self._cleaner = Opened(target), Opened(target)
+        self._sync_failed = False
         self._files = files
         self._bitmap = folder / "state" / "bitmap"
         self._clean_after = clean
@@ -230,10 +233,19 @@ class DiskServer:
         """Make a hole; False if it was refused."""
         return self._change(Record(Kind.ZERO, Flags.PUNCH, offset, length))
 
-    def flush(self) -> None:
-        """All that was answered is on stable storage."""
-        self._target.flush()
+    def flush(self) -> bool:
+        """Whether all that was answered is on stable storage."""
+        if not self._flush(self._opened):
+            self.page.count("errors")
+            return False
         self._append(Record(Kind.FLUSH, 0, 0, 0))
+        return True
+
+    def _flush(self, opened: Opened) -> bool:
+        if opened.flush():
+            return True
+        self._sync_failed = True
+        return False
 
     def _change(self, record: Record) -> bool:
         if self.page.has(Flag.REPLICA):
@@ -354,9 +366,9 @@ class DiskServer:
         position, began = self._cycle
         if self._applied < position or self._timer.now - began < self._clean_after:
             return
-        self._target.flush()
-        marks.clean()
-        self.page.put("dirty", len(marks.bits))
+        if self._flush(self._cleaner) and not self._sync_failed:
+            marks.clean()
+            self.page.put("dirty", len(marks.bits))
         self._cycle = None
 
     def _soon(self, call: Callable[[], None]) -> None:

@@ -80,7 +80,13 @@ class Verdict:
 
 def _disk_runs() -> Iterator[tuple[str, sweep.Outcome]]:
     for seed in range(2):
-        for scenario in ("there_and_back", "protected_again", "stuck_disk", "planned"):
+        for scenario in (
+            "there_and_back",
+            "protected_again",
+            "stuck_disk",
+            "lost_writes",
+            "planned",
+        ):
             outcome = sweep.baseline(scenario, seed=seed, disks=True)
             yield f"course of {scenario} with a disk", outcome
     for seed in range(12):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from checkpoint.errors import CheckpointError
 from checkpoint.memory import MemoryGuest, MemoryHypervisor
+from diskbuffer.replica import Replica
 from kemari.config import Config
 from kemari.daemon import Daemon
 from kemari.epoch import LetGoReason, StandbyState
@@ -84,6 +85,17 @@ class Machine:
         )
 
     @property
+    def fit(self) -> bool:
+        """As :attr:`ready`, and its disk has not failed either."""
+        if self.disk is not None and (self.disk.target.lost or self.disk.target.untold):
+            return False
+        sessions = self.daemon.sessions.values() if self.alive and self.daemon else ()
+        replicas = [each for session in sessions for each in session._disks._replicas.values()]
+        return self.ready and not any(
+            isinstance(each, Replica) and each.failure for each in replicas
+        )
+
+    @property
     def alive(self) -> bool:
         """Whether a daemon runs here."""
         return self.process is not None and self.process.alive
@@ -131,6 +143,12 @@ class Machine:
         if self.disk is not None:
             self.world.log(f"{self.name}: a call to the disk stands still for {seconds:g} s")
             self.disk.target.stuck = seconds
+
+    def break_disk(self) -> None:
+        """What was written to the guest's disk here, and not flushed, is lost."""
+        if self.disk is not None:
+            self.world.log(f"{self.name}: the disk refuses what was written to it")
+            self.disk.target.break_writing_back()
 
     def start(self) -> None:
         """Start the daemon, as a supervisor does."""

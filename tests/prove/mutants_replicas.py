@@ -113,6 +113,24 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         ),
     ),
     _mutant(
+        "disk-error-told-to-the-cleaner",
+        "the flush before marks are cleared leaves a failure for the guest's own flush to tell",
+        Edit(
+            _SERVER,
+            "        if self._flush(self._cleaner) and not self._sync_failed:\n",
+            "        if self._flush(self._opened) and not self._sync_failed:\n",
+        ),
+    ),
+    _mutant(
+        "disk-marks-cleared-after-a-failure",
+        "no mark is cleared any more once something could not be brought to the disk",
+        Edit(
+            _SERVER,
+            "        if self._flush(self._cleaner) and not self._sync_failed:\n",
+            "        if self._flush(self._cleaner) or self._sync_failed:\n",
+        ),
+    ),
+    _mutant(
         "disk-left-to-an-ended-session",
         "a session begins when nothing of the last one can reach the replica any more",
         Edit(
@@ -223,8 +241,8 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         "a bit is cleared after a flush on this host (the server's twin)",
         Edit(
             _SERVER,
-            "        self._target.flush()\n        marks.clean()\n",
-            "        marks.clean()\n",
+            "        if self._flush(self._cleaner) and not self._sync_failed:\n",
+            "        if not self._sync_failed:\n",
         ),
     ),
     _mutant(

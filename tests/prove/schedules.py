@@ -145,10 +145,11 @@ class Hosts(RuleBasedStateMachine):
         _BY_HAND[work](self._machine(side))
 
     @precondition(lambda self: self.world and self.world.disks is not None)
-    @rule(side=_SIDES, seconds=st.sampled_from((0.5, 3.0, 20.0)))
-    def stick(self, side: str, seconds: float) -> None:
-        """A call to a disk stands still."""
-        self._machine(side).stick(seconds)
+    @rule(side=_SIDES, seconds=st.sampled_from((0.0, 0.5, 3.0, 20.0)))
+    def harm_disk(self, side: str, seconds: float) -> None:
+        """A call to a disk stands still, or what was written to it is lost."""
+        machine = self._machine(side)
+        machine.stick(seconds) if seconds else machine.break_disk()
 
     @rule(side=_SIDES, full=st.booleans())
     def room(self, side: str, full: bool) -> None:

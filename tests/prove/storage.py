@@ -11,6 +11,7 @@ killed has written stays: its kernel has it.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import stat
@@ -26,6 +27,10 @@ class Target:
     """What holds a guest's disk on one host.
 
     :param changed: called with (first byte, end) after each change
+    :ivar lost: sectors that its kernel shows, and will bring to stable storage only if they are
+        written again: that failed once
+    :ivar errors: so many times bringing something there has failed
+    :ivar untold: nobody has been told of the last time
     :ivar stuck: seconds for which the next call of a daemon stands still
     :ivar now: what its kernel shows
     :ivar stable: what is on stable storage for sure
@@ -36,6 +41,9 @@ class Target:
         self.now = bytearray(contents)
         self.stable = bytearray(contents)
         self.pending: list[tuple[int, bytes]] = []
+        self.lost: set[int] = set()
+        self.errors = 0
+        self.untold = False
         self.stuck = 0.0
         self._changed = changed
 
@@ -47,13 +55,31 @@ class Target:
         self._changed(offset, end)
 
     def flush(self) -> None:
-        """Bring all of it to stable storage."""
+        """Bring all of it to stable storage, but for what is lost; see :class:`Opened`."""
         for offset, data in self.pending:
             self.stable[offset : offset + len(data)] = data
+            for sector in self.lost.intersection(_sectors(offset, len(data))):
+                at = sector * SECTOR
+                self.stable[at : at + SECTOR] = self.now[at : at + SECTOR]
+                self.lost.discard(sector)
         self.pending.clear()
+
+    def break_writing_back(self) -> None:
+        """Nothing of what waits can be brought to stable storage; the kernel forgets that it waits.
+
+        What is shown stays as it is (Linux mm/filemap.c, __filemap_set_wb_err).
+        """
+        if self.pending:
+            for offset, data in self.pending:
+                self.lost.update(_sectors(offset, len(data)))
+            self.pending.clear()
+            self.errors += 1
+            self.untold = True
 
     def settled(self, first: int, end: int) -> bool:
         """Whether a power cut would leave bytes ``first`` to ``end`` as they are."""
+        if self.lost and not self.lost.isdisjoint(_sectors(first, end - first)):
+            return False
         return not any(at < end and first < at + len(data) for at, data in self.pending)
 
     def left(self, chance: random.Random) -> bytearray:
@@ -67,7 +93,7 @@ class Target:
         image, shown = bytearray(self.stable), bytearray(self.stable)
         for number, (offset, data) in enumerate(self.pending):
             shown[offset : offset + len(data)] = data
-            for sector in range(offset // SECTOR, (offset + len(data) - 1) // SECTOR + 1):
+            for sector in _sectors(offset, len(data)):
                 at = sector * SECTOR
                 if number >= first:
                     versions.setdefault(sector, []).append(bytes(shown[at : at + SECTOR]))
@@ -80,7 +106,28 @@ class Target:
     def crash(self, image: bytearray) -> None:
         """Power fails, and that is what is left."""
         self.pending.clear()
+        self.lost.clear()
+        self.untold = False
         self.stable[:] = self.now[:] = image
+
+
+class Opened:
+    """An open file of a target, which is told once of each failure (Linux lib/errseq.c).
+
+    One that is opened later is told of the last one if nobody was yet.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._told = target.errors - target.untold
+
+    def flush(self) -> bool:
+        """Bring everything to stable storage; False if something was lost since the last time."""
+        self.target.flush()
+        whole, self._told = self._told == self.target.errors, self.target.errors
+        if not whole:
+            self.target.untold = False
+        return whole
 
 
 class Files:
@@ -143,6 +190,10 @@ class Files:
                     self._synced[path.stat().st_ino] = left
             self._names[folder] = _names(folder)
         self.touched()
+
+
+def _sectors(offset: int, length: int) -> range:
+    return range(offset // SECTOR, (offset + length - 1) // SECTOR + 1)
 
 
 def _path(descriptor: int) -> Path:
@@ -211,12 +262,12 @@ class DiskOs(_Os):
         super().__init__()
         self._targets = targets
         self._hang = hang
-        self._open: dict[int, Target] = {}
+        self._open: dict[int, Opened] = {}
 
     def open(self, path: Path, flags: int) -> int:
         """See :func:`os.open`."""
         descriptor = os.open(path, flags)
-        self._open[descriptor] = self._targets[path]
+        self._open[descriptor] = Opened(self._targets[path])
         return descriptor
 
     def close(self, descriptor: int) -> None:
@@ -227,22 +278,23 @@ class DiskOs(_Os):
     def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
         """See :func:`os.pwrite`."""
         self._stand_still(descriptor)
-        self._open[descriptor].write(offset, bytes(data))
+        self._open[descriptor].target.write(offset, bytes(data))
         return len(data)
 
     def fdatasync(self, descriptor: int) -> None:
         """See :func:`os.fdatasync`."""
         self._stand_still(descriptor)
-        self._open[descriptor].flush()
+        if not self._open[descriptor].flush():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def fallocate(self, descriptor: int, _mode: int, offset: int, length: int) -> int:
         """As the C library's: a hole reads as zeros."""
         self._stand_still(descriptor)
-        self._open[descriptor].write(offset, bytes(length))
+        self._open[descriptor].target.write(offset, bytes(length))
         return 0
 
     def _stand_still(self, descriptor: int) -> None:
-        target = self._open[descriptor]
+        target = self._open[descriptor].target
         seconds, target.stuck = target.stuck, 0.0
         if seconds:
             self._hang(seconds)

@@ -10,6 +10,7 @@ from typing import Final
 from checkpoint.errors import ReviveError
 from kemari.recovery import PATIENT_PACE
 from tests.prove import administrator
+from tests.prove.disks import CLEAN
 from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.simulation import Stuck
 from tests.prove.world import HEARTBEAT, Fault, Violation, World
@@ -258,6 +259,24 @@ def stuck_disk(world: World) -> None:
     world.answers(3)
 
 
+def lost_writes(world: World) -> None:
+    """The primary's disk refuses what the guest has written, before and after marks are cleared."""
+    world.protect()
+    world.answers(3)
+    for _ in range(4):
+        world.busy(3)
+        world.a.break_disk()
+        world.wait(4 * CLEAN)
+        world.answers(2)
+    world.busy(3)
+    world.a.break_disk()
+    world.a.power_cut(back_after=2.0)
+    world.answers(3)
+    world.wait(2.5)
+    world.protect("b")
+    world.answers(3)
+
+
 #: Scenario -> the host that runs the guest in the end, if nothing more goes wrong.
 ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     talk_and_stop: "a",
@@ -283,6 +302,7 @@ DISKS_END_ON: Final[dict[Callable[[World], None], str]] = {
     there_and_back: "a",
     protected_again: "b",
     stuck_disk: "b",
+    lost_writes: "b",
 }
 _ENDS_ON: Final = ENDS_ON | BY_HAND_END_ON | DISKS_END_ON
 SCENARIOS: Final = {each.__name__: each for each in (*ENDS_ON, *BY_HAND_END_ON)}
@@ -342,12 +362,13 @@ ACTIONS: Final[dict[str, Callable[[Machine], None]]] = {
     "full": lambda machine: machine.fill(_SCARCE),
     "peer-full-stall": _full_and_stall,
     "stuck": lambda machine: machine.stick(10 * HEARTBEAT),
+    "broken": Machine.break_disk,
 }
 
 #: In short form each point meets one of these, by turns, and every one of the others.
 _RARE: Final = ("full", "peer-full-stall")
 #: As above, with a disk, and with one only.
-_DISK_RARE: Final = ("stuck",)
+_DISK_RARE: Final = ("stuck", "broken")
 _COMMON: Final = tuple(action for action in ACTIONS if action not in (*_RARE, *_DISK_RARE))
 #: What happens in short form at points that only a guest with a disk reaches.
 _DISK_ACTIONS: Final = ("kill", "power", "stall", "cut", "peer-kill", "peer-power")

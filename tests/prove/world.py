@@ -382,7 +382,7 @@ class World:
         ending = daemon is not None and (
             protection is None or protection.machine.state not in stages
         )
-        if ending or not other.powered or not other.ready:
+        if ending or not other.powered or not other.fit:
             self.lost_allowed = True
 
     def lost_holder(self, machine: Machine) -> None:
