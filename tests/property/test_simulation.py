@@ -10,7 +10,8 @@ import pytest
 
 from checkpoint.faultpoints import POINTS
 from checkpoint.memory import MemorySource
-from tests.prove import schedules, sweep
+from kemari.ledger import Role
+from tests.prove import administrator, schedules, sweep
 from tests.prove.disks import CHUNK, HostDisk
 from tests.prove.machine import GUEST, Machine
 from tests.prove.simulation import Process, Simulation
@@ -157,6 +158,33 @@ def test_a_paused_guest_is_noticed() -> None:
             world.settle()
 
 
+def test_a_ledger_that_does_not_say_who_runs_the_guest_is_noticed() -> None:
+    with World(0) as world:
+        world.protect()
+        assert world.a.daemon is not None
+        world.a.daemon.host.ledger.update(world.uuid, role=Role.STANDBY)
+        with pytest.raises(Violation, match="in whose ledger it is standby"):
+            world.settle()
+
+
+def test_the_end_of_a_guest_that_runs_nowhere_else_is_noticed() -> None:
+    with World(0) as world:
+        assert administrator.end(world.a)
+        assert administrator.start(world.b)
+        assert world.answers(2)
+        with pytest.raises(Violation, match="which runs nowhere else"):
+            world.b.hypervisor.destroy_domain("web")
+
+
+def test_a_guest_that_is_moved_by_hand_remembers_all() -> None:
+    with World(0) as world:
+        assert world.answers(3)
+        assert administrator.move(world.a)
+        assert not administrator.start(world.a), "it runs on b"
+        assert world.answers(3)
+        assert world.answered >= 6
+
+
 def test_a_fault_of_the_program_is_noticed() -> None:
     with World(0) as world:
         world.protect()
@@ -196,6 +224,23 @@ def test_a_killed_process_does_nothing_more_and_a_stalled_one_goes_on() -> None:
     simulation.end()
     for process in (dead, slow, well):
         simulation.bury(process)
+
+
+def test_a_thread_that_stands_still_holds_nobody_up() -> None:
+    simulation = Simulation(0)
+    process = Process(simulation, "one")
+    done: list[str] = []
+
+    async def work(seconds: float) -> None:
+        await asyncio.to_thread(simulation.hang, seconds)
+        done.append(f"{seconds:g} s, {simulation.now - 1000:.0f}")
+
+    for seconds in (5.0, 2.0):
+        process.create_task(work(seconds))
+    assert not simulation.run(lambda: False, 20.0)
+    assert done == ["2 s, 2", "5 s, 5"]
+    simulation.end()
+    simulation.bury(process)
 
 
 def test_a_fault_happens_at_its_time_only() -> None:
@@ -244,6 +289,17 @@ def test_a_change_under_the_guest_is_noticed() -> None:
     with World(0, disks=True) as world:
         _disks(world)[0].target.write(9 * CHUNK, b"somebody else's")
         with pytest.raises(Violation, match="has changed under the guest"):
+            world.answers(2)
+
+
+def test_a_flush_that_hides_a_failure_is_noticed() -> None:
+    with World(0, disks=True) as world:
+        one, _ = _disks(world)
+        world.busy(2)
+        one.target.break_writing_back()
+        assert one.server is not None
+        assert not one.server.flush(), "it is told once"
+        with pytest.raises(Violation, match="not all is on the disk"):
             world.answers(2)
 
 
