@@ -234,7 +234,10 @@ class DiskServer:
         return self._change(Record(Kind.ZERO, Flags.PUNCH, offset, length))
 
     def flush(self) -> bool:
-        """Whether all that was answered is on stable storage."""
+        """Whether all that was answered is on stable storage.
+
+        The plug-in goes on to fail until the disk is served anew; here the guest may write again.
+        """
         if not self._flush(self._opened):
             self.page.count("errors")
             return False

@@ -172,8 +172,8 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 "kemari/recovery.py",
-                "        return known and not self._devices()",
-                "        return not self._devices()",
+                "        if here and not await self._is_old() and not await self._runs_there():\n",
+                "        if here and not await self._held() and not await self._runs_there():\n",
             ),
         ),
     ),
