@@ -49,10 +49,15 @@ class Hosts(RuleBasedStateMachine):
         super().__init__()
         self.world: World | None = None
 
-    @initialize(seed=st.integers(0, 1 << 30), protect=st.booleans(), disks=st.booleans())
-    def begin(self, seed: int, protect: bool, disks: bool) -> None:
+    @initialize(
+        seed=st.integers(0, 1 << 30),
+        protect=st.booleans(),
+        disks=st.booleans(),
+        reprotect=st.booleans(),
+    )
+    def begin(self, seed: int, protect: bool, disks: bool, reprotect: bool) -> None:
         """The daemons run; mostly the guest is protected."""
-        self.world = World(seed, policy="hold", disks=disks)
+        self.world = World(seed, policy="hold", disks=disks, reprotect=reprotect)
         self.world.__enter__()
         if protect:
             self.world.protect()

@@ -89,6 +89,7 @@ class World:
     :param seed: decides latencies
     :param policy: ``on_standby_loss``
     :param disks: whether the guest has one
+    :param reprotect: as in the configuration
     :ivar answered: requests whose answers the client has
     :ivar uuid: the guest's
     :ivar moves: how often another copy than before was seen
@@ -99,7 +100,13 @@ class World:
     """
 
     def __init__(
-        self, seed: int, *, policy: str = "hold", disks: bool = False, **changes: Any
+        self,
+        seed: int,
+        *,
+        policy: str = "hold",
+        disks: bool = False,
+        reprotect: bool = False,
+        **changes: Any,
     ) -> None:
         self.simulation = Simulation(seed)
         shared = Path("/dev/shm")
@@ -151,7 +158,7 @@ class World:
                 heartbeat_ms=int(HEARTBEAT * 1000),
                 interval_ms=200,
                 on_standby_loss=policy,
-                reprotect=False,
+                reprotect=reprotect,
                 paths=Paths(self._folder / name / "state", self._folder / name / "run"),
                 **changes,
             )

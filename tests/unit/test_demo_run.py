@@ -127,7 +127,13 @@ def pretence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Preten
     monkeypatch.setattr(stage, "Events", NoEvents)
     for module in (demo, stage):
         monkeypatch.setattr(module, "kemari", kemari)
+
+    def again(_lab: Pretence, host: str, since: float) -> None:
+        pretence.calls.append(f"{host}: await protected")
+        pretence.protected = True
+
     monkeypatch.setattr(demo, "bring_back", back)
+    monkeypatch.setattr(demo, "await_protected", again)
     monkeypatch.setattr(stage, "domains", lambda _lab, name: pretence.domains(name))
     for name, value in (("UNPROTECTED", 10), ("SETTLED", 5), ("AFTERWARDS", 0.5)):
         monkeypatch.setattr(demo, name, value)
@@ -176,7 +182,7 @@ def test_several_cuts_go_to_and_fro(pretence: Pretence, capsys: pytest.CaptureFi
     assert status == 0
     assert values["checkpoints"] == 246
     assert out.count("\n") == 1
-    order = ["cut a", "boot a", "b: start demo a --progress", "cut b"]
+    order = ["cut a", "boot a", "b: await protected", "cut b"]
     assert [call for call in pretence.calls if call in order] == order
     assert "down" not in pretence.calls
 
