@@ -184,7 +184,7 @@ class Daemon:
             raise Refused(f"kemarid on {self.host.config.host} is stopping; expected it to run")
         known = self.protections.get(name)
         if known is not None and not known.machine.over:
-            raise Refused(f"{name} is {known.state} already, to {known.standby}")
+            raise Refused(f"{name} is {known.state} already, to {known.route.name}")
         asked = self._asked_for(name)
         if asked is not None:
             raise Refused(f"{name} is asked for at {asked.peer} just now")
@@ -255,7 +255,7 @@ class Daemon:
         busy = name if record is None else record.guest
         protection = self.protections.get(busy)
         if protection is not None and not protection.machine.over:
-            doing = f"is {protection.state}, to {protection.standby}"
+            doing = f"is {protection.state}, to {protection.route.name}"
         elif busy in self.again or self._asked_for(busy):
             doing = "is to be protected again"
         elif any(each.guest == busy for each in self.sessions.values()):

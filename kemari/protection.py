@@ -27,15 +27,15 @@ from kemari.config import Address, Options
 from kemari.copying import Progress, base_copy
 from kemari.cycle import Cycle
 from kemari.disks import SourceDisks
-from kemari.endings import STOP_PATIENCE, Ending, ask_standby
+from kemari.endings import STOP_PATIENCE, Ending
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.host import Host, first_of, in_thread
 from kemari.ledger import Record, Role
-from kemari.liveness import REPLICATION, Watch, until_silent
 from kemari.output import Output
-from kemari.ownership import handing_over, next_generation, primary_record, still_stands_by
-from kemari.peers import Peers, further_addresses
+from kemari.ownership import handing_over, primary_record
+from kemari.peers import Peers
+from kemari.route import Route
 from kemari.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Protection:
     :param peers: paths to the standby's host
     :param domain: the guest's name or number on this host
     :param addresses: of the standby, best first
+    :ivar route: the way to its standby
     :ivar coming: its beginning, to wait for
     :ivar by_itself: nobody waits for it: one attempt of many
     :ivar stopped: why it was asked to end; "" if it was not
@@ -63,12 +64,10 @@ class Protection:
         options: Options,
     ) -> None:
         self.domain = domain
-        self.addresses = addresses
         self.options = options
         self.guest = domain
         self.uuid = ""
         self.generation = 0
-        self.standby = str(addresses[0])
         self.machine = Primary(interval_only=options.interval_only)
         self.statistics = Statistics()
         self.coming = Coming()
@@ -77,10 +76,7 @@ class Protection:
         self.unrecorded: Record | None = None
         self.since = time.time()
         self._host = host
-        self._peers = peers
-        self._standby_id = ""
-        self._further: tuple[Address, ...] = ()
-        self._port = 0
+        self.route = Route(host, peers, addresses)
         self.by_itself = False
         self._gone = False
         self._holding = asyncio.Event()
@@ -88,7 +84,6 @@ class Protection:
         self._establishing: asyncio.Task[Any] | None = None
         self.stopped = ""
         self._source: Source | None = None
-        self._link: Link | None = None
         self._sender: Sender | None = None
         self._encoder: Encoder | None = None
         self._output: Output | None = None
@@ -140,8 +135,7 @@ class Protection:
     def matches(self, standby: tuple[Address, ...], options: Options) -> bool:
         """Whether this is the protection that is asked for, and it is there or comes about."""
         goes_on = self.machine.state in (PrimaryState.COPYING, PrimaryState.PROTECTED)
-        known = {*self.addresses, *self._further}
-        same = options == self.options and not known.isdisjoint(standby)
+        same = options == self.options and not set(standby).isdisjoint(self.route.addresses)
         return goes_on and same and not self.stopped
 
     async def cancel(self) -> None:
@@ -173,11 +167,11 @@ class Protection:
         await first_of(self.coming.ended.wait(), self._holding.wait())
         if self.machine.state is PrimaryState.HOLDING:
             raise Refused(
-                f"{self.standby} does not answer, so output of {self.guest} stays held; "
+                f"{self.route.name} does not answer, so output of {self.guest} stays held; "
                 "expected its promise to stand down"
             )
         if self.machine.state is PrimaryState.MOVED:
-            raise Refused(f"{self.guest} runs on {self.standby} since it took over")
+            raise Refused(f"{self.guest} runs on {self.route.name} since it took over")
 
     async def failover(self) -> None:
         """Move the guest to its standby, planned; returns when it runs there.
@@ -190,11 +184,11 @@ class Protection:
             raise Refused(f"{self.guest} is {self.state}; expected protected")
         await in_thread(self._host.ledger.amend, self.uuid, handing_over)  # before the pause
         if self.machine.protected:
-            self.note("failover", f"moving {self.guest} to {self.standby}, as asked")
+            self.note("failover", f"moving {self.guest} to {self.route.name}, as asked")
             self.do(self.machine.handover())
         await first_of(self.coming.ended.wait(), self._holding.wait())
         if self.machine.state is not PrimaryState.MOVED:
-            raise PeerError(f"{self.guest} was not moved to {self.standby}: {self.why}")
+            raise PeerError(f"{self.guest} was not moved to {self.route.name}: {self.why}")
 
     @property
     def state(self) -> str:
@@ -218,8 +212,8 @@ class Protection:
             "role": "primary",
             "state": self.state,
             "protected": self.machine.protected,
-            "peer": self.standby,
-            "addresses": [str(address) for address in self.addresses],
+            "peer": self.route.name,
+            "addresses": [str(address) for address in self.route.asked],
             "generation": self.generation,
             "epoch": self.machine.acked,
             "since": round(self.since, 3),
@@ -245,25 +239,15 @@ class Protection:
         host = self._host
         self.guest, self.uuid = source.description.name, source.description.uuid
         await self._disks.open(source.disks)
-        link, address = await host.connect_any(self.addresses, "replicate")
-        self._link = link
-        if link.peer.host_id == host.host_id:
-            raise Refused(f"{address} is this host itself; expected another one")
-        self.standby, self._standby_id = link.peer.host, link.peer.host_id
-        self._further = further_addresses(link, address)
-        self._peers.want(self._standby_id, self._further)
-        self._port = address.port
-        self._peers.follow(link, self._further, self._port)
+        link = await self.route.open()
         self.spawn(self._watch(link), "watch")
-        self.generation = await next_generation(
-            host, self._peers, address, self._standby_id, self.guest, self.uuid
-        )
-        whom = f"{self.guest} to {self.standby}"
+        self.generation = await self.route.next_generation(self.guest, self.uuid)
+        whom = f"{self.guest} to {self.route.name}"
         self.note("start", f"protecting {whom} as generation {self.generation}")
         self._sender = Sender(link)
         options = {"host": host.config.host, "disks": self._disks.offer()} | asdict(self.options)
         detail = await self._sender.prepare(source.description, self.generation, options)
-        for text in await self._disks.begin(detail, self._standby_id, self.uuid, self.generation):
+        for text in await self._disks.begin(detail, self.route.host_id, self.uuid, self.generation):
             self.note("disk", text)
         return self._sender
 
@@ -280,7 +264,8 @@ class Protection:
         """Make the ownership durable, hold output, take the first checkpoint."""
         reach("owner-record")
         domain = await in_thread(self._host.hypervisor.incarnation, self.guest)
-        whose, where = (self.standby, self._standby_id), (self.addresses, self._further)
+        route = self.route
+        whose, where = (route.name, route.host_id), (route.asked, route.further)
         record = primary_record(source, self.generation, whose, where, self.options, domain)
         await in_thread(self._host.ledger.put, record)
         reach("owner-recorded")
@@ -288,7 +273,7 @@ class Protection:
         self._output = output
         await in_thread(output.setup)
         reach("output-held")
-        await self._disks.hold(self._standby_id, self.uuid, self.generation)
+        await self._disks.hold(route.host_id, self.uuid, self.generation)
         pace = self.options.interval_ms / 1000
         self._cycle = Cycle(self, source, output, encoder, sender, pace, self._disks)
         self._cycle.listen()
@@ -326,7 +311,7 @@ class Protection:
             self.why = why
             self.note(
                 "standby-lost",
-                f"{self.guest}: {why}; its output is held until {self.standby} has answered",
+                f"{self.guest}: {why}; its output is held until {self.route.name} has answered",
             )
         if isinstance(error, PeerRefused):
             self.do(self.machine.stood_down())  # docs/protocol.md: ERROR is such a promise
@@ -334,9 +319,7 @@ class Protection:
 
     async def confirmed(self) -> bool:
         """Whether the standby has surely not taken over by now."""
-        assert self._link is not None
-        addresses, beat = (*self.addresses, *self._further), self._link.peer.heartbeat
-        return await still_stands_by(self._peers, addresses, self.uuid, self.generation, beat)
+        return await self.route.still_stands_by(self.uuid, self.generation)
 
     def guest_gone(self) -> None:
         """The guest has shut down or crashed."""
@@ -347,17 +330,11 @@ class Protection:
 
     async def _await_close(self, link: Link) -> None:
         error = await link.wait_closed()
-        self.link_lost(f"the link to {self.standby} ended: {error or 'closed'}", error)
+        self.link_lost(f"the link to {self.route.name} ended: {error or 'closed'}", error)
 
     async def _watch(self, link: Link) -> None:
         """Judge the standby's life at a steady pace."""
-        verdict = await until_silent(
-            Watch(self._host.config.heartbeat, time.monotonic()),
-            lambda: {REPLICATION: self._peers.heard(link)} | self._peers.evidence(self._standby_id),
-            lambda: self.machine.over or link.closed,
-        )
-        if verdict is not None:
-            what = f"{self.standby} {verdict.value}"
+        if what := await self.route.until_silent(lambda: self.machine.over):
             if self.machine.state is PrimaryState.COPYING:
                 link.end(CheckpointError(what))  # ends the copy
             self.link_lost(what)
@@ -406,7 +383,7 @@ class Protection:
     def _say_protected(self) -> None:
         if not self.coming.protected.is_set():
             self.coming.protected.set()
-            self.why = f"{self.standby} holds a complete copy"
+            self.why = f"{self.route.name} holds a complete copy"
             self.note("protected", f"{self.guest} is protected: {self.why}")
 
     async def _hand_over(self, number: int) -> None:
@@ -416,32 +393,24 @@ class Protection:
             await self._disks.halt()
             await self._sender.handover(self.generation + 1)
         except Declined as error:
-            self.why = f"{self.standby} could not run it: {error}"
+            self.why = f"{self.route.name} could not run it: {error}"
             self.do(self.machine.stood_down())
         except CheckpointError as error:
             self.link_lost(f"the handover was not answered: {error}", error)
         else:
-            self.why = f"moved to {self.standby}, as asked"
+            self.why = f"moved to {self.route.name}, as asked"
             self.do(self.machine.standby_runs(self.generation + 1))
 
     async def _ask(self) -> None:
         """Ask the standby to stand down; over the replication link first, if that still works."""
         reach("ask")
         holding = self.machine.state is PrimaryState.HOLDING
-        heartbeat = self._host.config.heartbeat
         if holding:
-            await asyncio.sleep(heartbeat)
+            await asyncio.sleep(self._host.config.heartbeat)
         elif not self.lost and await self._stop_over_link(self.why):
             self.do(self.machine.stood_down())
             return
-        answer = await ask_standby(
-            self._peers,
-            heartbeat,
-            self._standby_id,
-            (*self.addresses, *self._further),
-            self.uuid,
-            self.generation,
-        )
+        answer = await self.route.ask_to_stand_down(self.uuid, self.generation)
         if answer.stood_down:
             self.do(self.machine.stood_down())
         elif answer.runs_since:
@@ -455,7 +424,7 @@ class Protection:
                 self._holding.set()
                 self.note(
                     "holding",
-                    f"{self.standby} gives no answer; the output of {self.guest} stays held",
+                    f"{self.route.name} gives no answer; the output of {self.guest} stays held",
                 )
 
     async def _stop_over_link(self, why: str) -> bool:
@@ -481,7 +450,7 @@ class Protection:
         self.unrecorded = await Ending(self._host, self.guest, self.uuid).let_go(
             self._source,
             self._output,
-            self.standby,
+            self.route.name,
             self.why,
             self.machine.let_go or LetGoReason.FORCE,
             self._disks.shared.release,
@@ -495,19 +464,15 @@ class Protection:
         assert self._output is not None
         await self._cycle.quiet()
         await Ending(self._host, self.guest, self.uuid).abandon(
-            self._source, self._output, self.standby, generation, self._disks.shared.drop
+            self._source, self._output, self.route.name, generation, self._disks.shared.drop
         )
         await self._dispose()
 
     async def _dispose(self) -> None:
-        self._peers.unwant(self._standby_id, self._further)
-        if self._link is not None and self._port:
-            self._peers.unfollow(self._link, self._further, self._port)
-        self._further, self._port = (), 0
+        self.route.leave()
         if self._sender is not None:
             await self._sender.close()
-        elif self._link is not None:
-            await self._link.close()
+        await self.route.close()
         await self._disks.teardown()
         self.coming.ended.set()
         for task in self._tasks - {asyncio.current_task()}:

@@ -165,7 +165,7 @@ class Requests:
         await protection.failover()
         return {
             "guest": name,
-            "host": protection.standby,
+            "host": protection.route.name,
             "generation": protection.generation + 1,
             "seconds": round(time.monotonic() - started, 3),
         }

@@ -431,7 +431,7 @@ class World:
         if not machine.alive or machine.daemon is None or machine.process is None:
             return
         for protection in machine.daemon.protections.values():
-            for line in machine.daemon.peers.lifelines(protection._standby_id):
+            for line in machine.daemon.peers.lifelines(protection.route.host_id):
                 machine.process.create_task(line.alive(protection.uuid, protection.generation))
 
     # ---- Section: running ----
