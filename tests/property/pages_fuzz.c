@@ -135,7 +135,9 @@ static void bitmaps(void)
         bitmap[i] = (uint8_t)draw(256);
     uint64_t nbits = draw(bytes * 8 + 1), total = bitmap_count(bitmap, nbits);
     uint64_t room = draw(total + 1), *out = take(room * 8), grant;
-    check(bitmap_scan(bitmap, nbits, out, room) == room, "a scan fills the room there is");
+    uint64_t first = draw(1000), found = bitmap_scan(bitmap, nbits, first, out, room);
+    check(found == room, "a scan fills the room there is");
+    check(room == 0 || (out[0] >= first && out[room - 1] < first + nbits), "a scan stays inside");
     grants_writable(bitmap, bytes / 8, &grant, 1);
     uint64_t gfns[4], exclude[4];
     for (unsigned i = 0; i < 4; i++) {
