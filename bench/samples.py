@@ -84,6 +84,16 @@ class Sample:
             return None
         return self.gaps.stall_ms(share, round(self.checkpoints * self.worked / self.seconds))
 
+    def gaps_like(self, other: Sample, share: float) -> float | None:
+        """Milliseconds below which this share lies of the longest gaps in this sample, as many for
+        its time as another one had checkpoints: what would pass for stalls without any checkpoint.
+
+        None if nobody looked, or the other one had none.
+        """
+        if self.gaps is None:
+            return None
+        return self.gaps.stall_ms(share, round(other.checkpoints / other.seconds * self.worked))
+
     @property
     def cpu_share(self) -> tuple[float, float]:
         """Processors that each Dom0 kept busy."""

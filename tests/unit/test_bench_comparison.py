@@ -101,6 +101,17 @@ def test_stalls_are_those_of_the_checkpoints_made_while_the_guest_looked() -> No
     assert sample("kemari", gaps=gaps, checkpoints=0.2).stall(0.5) is None
 
 
+def test_an_unprotected_guest_has_gaps_as_well() -> None:
+    # Five checkpoints in 10 s are two in the 4 s for which the unprotected guest looked.
+    plain = sample("unprotected", gaps=seen(1.0, 2.0, 3.0, 9.0), worked=4.0)
+    kemari = sample("kemari", gaps=seen(*[20.0] * 9), checkpoints=5)
+    assert plain.gaps_like(kemari, 0.0) == pytest.approx(3, rel=0.04)
+    assert plain.gaps_like(sample("idle"), 0.5) is None
+    shown = tables.tables(table(plain, kemari))
+    cells = [cell.strip() for cell in shown.splitlines()[-1].split("|")]
+    assert (cells[5], cells[6]) == ("20.4 / 20.0", "9.0 / 9.0")  # in buckets, but for the longest
+
+
 def test_rounds_are_added_up() -> None:
     (one,) = table(
         sample("kemari", latencies=[1, 2], pause=3.0, checkpoints=10, wire=10, gaps=seen(1)),
@@ -163,7 +174,7 @@ def test_a_table_has_a_row_for_each_way() -> None:
     )
     unprotected, kemari = shown.splitlines()[-2:]
     assert [cell.strip() for cell in kemari.split("|")[1:-1]] == [
-        *("kemari", "5.0", "0.50", "-", "-", "-", "5.5", "2", "10 + 5", "4 + 10"),
+        *("kemari", "5.0", "0.50", "-", "-", "-", "-", "5.5", "2", "10 + 5", "4 + 10"),
     ]
     assert "4.0 / 6.0 / 6.0" in unprotected
 
