@@ -24,7 +24,7 @@ from tests.prove import soak_report
 from tests.prove.registers import Registers
 from tests.prove.soak_report import Row
 from vagrant.demolib import databases, stage
-from vagrant.demolib.hosts import await_protected, bring_back, kemari
+from vagrant.demolib.hosts import await_event, bring_back, kemari
 from vagrant.demolib.memory import Memory
 from vagrant.demolib.talk import Talk
 from vagrant.demolib.verdict import Cut, judge
@@ -169,7 +169,7 @@ class Soak:
         whole_round = loads.memory.look().rounds + 2
         bring_back(self._lab, primary)
         row.violations += stage.misplaced(self._lab, standby)
-        await_protected(self._lab, standby, moved)
+        await_event(self._lab, standby, "protected", moved)
         again = time.monotonic()
         row.protected_s = again - cut.at
         loads.memory.look(whole_round)

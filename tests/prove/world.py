@@ -89,7 +89,7 @@ class World:
     :param seed: decides latencies
     :param policy: ``on_standby_loss``
     :param disks: whether the guest has one
-    :param reprotect: as in the configuration
+    :param changes: to the configuration; unless told to, no daemon protects again after a failover
     :ivar answered: requests whose answers the client has
     :ivar uuid: the guest's
     :ivar moves: how often another copy than before was seen
@@ -100,13 +100,7 @@ class World:
     """
 
     def __init__(
-        self,
-        seed: int,
-        *,
-        policy: str = "hold",
-        disks: bool = False,
-        reprotect: bool = False,
-        **changes: Any,
+        self, seed: int, *, policy: str = "hold", disks: bool = False, **changes: Any
     ) -> None:
         self.simulation = Simulation(seed)
         shared = Path("/dev/shm")
@@ -158,9 +152,8 @@ class World:
                 heartbeat_ms=int(HEARTBEAT * 1000),
                 interval_ms=200,
                 on_standby_loss=policy,
-                reprotect=reprotect,
                 paths=Paths(self._folder / name / "state", self._folder / name / "run"),
-                **changes,
+                **{"reprotect": False} | changes,
             )
             self.machines[name] = Machine(self, name, config)
         self.a, self.b = self.machines["a"], self.machines["b"]

@@ -128,12 +128,12 @@ def pretence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Preten
     for module in (demo, stage):
         monkeypatch.setattr(module, "kemari", kemari)
 
-    def again(_lab: Pretence, host: str, since: float) -> None:
-        pretence.calls.append(f"{host}: await protected")
+    def again(_lab: Pretence, host: str, name: str, after: float) -> None:
+        pretence.calls.append(f"{host}: await {name}")
         pretence.protected = True
 
     monkeypatch.setattr(demo, "bring_back", back)
-    monkeypatch.setattr(demo, "await_protected", again)
+    monkeypatch.setattr(demo, "await_event", again)
     monkeypatch.setattr(stage, "domains", lambda _lab, name: pretence.domains(name))
     for name, value in (("UNPROTECTED", 10), ("SETTLED", 5), ("AFTERWARDS", 0.5)):
         monkeypatch.setattr(demo, name, value)

@@ -16,7 +16,7 @@ from types import FrameType
 from vagrant.demolib import databases, picture, report, stage
 from vagrant.demolib.databases import Databases
 from vagrant.demolib.history import History
-from vagrant.demolib.hosts import await_protected, bring_back, kemari
+from vagrant.demolib.hosts import await_event, bring_back, kemari
 from vagrant.demolib.picture import Band, Mark
 from vagrant.demolib.report import Figures
 from vagrant.demolib.talk import Talk
@@ -123,7 +123,7 @@ class Demo:
         if self.cuts:
             moved = time.time() - (begun - self.cuts[-1].at)
             with step(f"host {primary} protects it to host {standby}, by itself"):
-                await_protected(self._lab, primary, moved)
+                await_event(self._lab, primary, "protected", moved)
         else:
             with step(f"`kemari start {GUEST} {standby}` on host {primary}"):
                 kemari(self._lab, primary, "start", GUEST, standby, "--progress", show=True)

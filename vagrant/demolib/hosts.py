@@ -94,28 +94,20 @@ def bring_back(lab: Lab, host: str, timeout: float = 300) -> None:
     # Its event log still has what was before; the hosts' clocks are set from this machine's.
     began = time.time() - 5
     lab.boot(host)
-    events = Events(lab, host)
-    try:
-        events.wait_for(
-            "moved",
-            lambda event: event["event"] == "moved" and event["time"] > began,
-            timeout=timeout,
-        )
-    finally:
-        events.close()
+    await_event(lab, host, "moved", began, timeout)
 
 
-def await_protected(lab: Lab, host: str, since: float, timeout: float = 300) -> None:
-    """Wait until the guest that has come to a host is protected again, by itself.
+def await_event(lab: Lab, host: str, name: str, after: float, timeout: float = 300) -> None:
+    """Wait until the daemon on a host has told of an event that came after a time.
 
-    :param since: when it came, or before: by ``time.time()``
-    :raises LabError: it was not within ``timeout`` seconds
+    :param after: by ``time.time()``, which the hosts' clocks are set from
+    :raises LabError: it did not within ``timeout`` seconds, or the host lost power
     """
     events = Events(lab, host)
     try:
         events.wait_for(
-            "protected",
-            lambda event: event["event"] == "protected" and event["time"] > since,
+            name,
+            lambda event: event["event"] == name and event["time"] > after,
             timeout=timeout,
         )
     finally:

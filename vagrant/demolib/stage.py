@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vagrant.demolib.hosts import DAEMON_LOG, Events, domains, kemari
+from vagrant.demolib.hosts import DAEMON_LOG, Events, await_event, domains, kemari
 from vagrant.lablib.command import say
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import DATA
@@ -145,8 +145,4 @@ def _told_from_now(lab: Lab, host: str, name: str) -> Iterator[None]:
     """What happens inside must have the daemon there tell of such an event."""
     now = float(lab.ssh(host, "date +%s.%N").stdout)
     yield
-    events = Events(lab, host)
-    try:
-        events.wait_for(name, lambda event: event["event"] == name and event["time"] >= now)
-    finally:
-        events.close()
+    await_event(lab, host, name, now)
