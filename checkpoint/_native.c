@@ -50,6 +50,25 @@ static PyObject *scan_bitmap(PyObject *self, PyObject *args)
     return result;
 }
 
+/* count_set(bitmap, nbits) -> how many */
+static PyObject *count_set(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer bitmap;
+    Py_ssize_t nbits;
+    PyObject *result = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*n:count_set", &bitmap, &nbits))
+        return NULL;
+    if (nbits < 0 || nbits > bitmap.len * 8)
+        PyErr_Format(PyExc_ValueError, "a bitmap of %zd bytes does not have %zd bits", bitmap.len,
+                     nbits);
+    else
+        result = PyLong_FromUnsignedLongLong(bitmap_count(bitmap.buf, (uint64_t)nbits));
+    PyBuffer_Release(&bitmap);
+    return result;
+}
+
 static PyObject *gather(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -410,6 +429,7 @@ static PyObject *apply_batch(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"scan_bitmap", scan_bitmap, METH_VARARGS, NULL},
+    {"count_set", count_set, METH_VARARGS, NULL},
     {"gather", gather, METH_VARARGS, NULL},
     {"active_writable", active_writable, METH_VARARGS, NULL},
     {"receive_ring_whole", ring_whole, METH_VARARGS, NULL},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from checkpoint._twin import active_writable as active_writable
 from checkpoint._twin import apply_batch as apply_batch
+from checkpoint._twin import count_set as count_set
 from checkpoint._twin import encode_pages as encode_pages
 from checkpoint._twin import first_set as first_set
 from checkpoint._twin import first_unmet as first_unmet

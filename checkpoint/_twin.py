@@ -43,12 +43,20 @@ def _words(buffer: Any, name: str) -> memoryview:
     return view.cast("Q")
 
 
-def scan_bitmap(bitmap: Any, nbits: int, out: Any, first: int = 0) -> int:
+def _bits(bitmap: Any, nbits: int) -> int:
     source = _bytes(bitmap)
     if not 0 <= nbits <= len(source) * 8:
         raise ValueError(f"a bitmap of {len(source)} bytes does not have {nbits} bits")
+    return int.from_bytes(source[: (nbits + 7) // 8], "little") & ((1 << nbits) - 1)
+
+
+def count_set(bitmap: Any, nbits: int) -> int:
+    return _bits(bitmap, nbits).bit_count()
+
+
+def scan_bitmap(bitmap: Any, nbits: int, out: Any, first: int = 0) -> int:
+    bits = _bits(bitmap, nbits)
     target = _words(out, "out")
-    bits = int.from_bytes(source[: (nbits + 7) // 8], "little") & ((1 << nbits) - 1)
     total = bits.bit_count()
     if total > len(target):
         raise OverflowError(f"{total} bits are set, room for {len(target)}")

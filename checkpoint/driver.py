@@ -177,6 +177,7 @@ class Source(Protocol):
         close_writes: Callable[[], None],
         *,
         leave_paused: bool = False,
+        keep: int = 0,
     ) -> Captured:
         """Take one checkpoint into ``staging`` (pages and state) by pausing the guest.
 
@@ -187,6 +188,10 @@ class Source(Protocol):
         nothing is left for an epoch that may never come.  Each at most once.  On return the guest
         runs again, or stays paused with ``leave_paused``.  On any error the guest runs again and
         the dirty log has lost nothing.
+
+        With at most ``keep`` frames in the dirty log it is read but not cleaned: they are copied
+        again the next time, changed or not, and the guest's next write to each of them is an
+        ordinary one, instead of one that the hypervisor has to handle.
 
         :raise NotQuiescent: no usable pause point within the bound
         :raise OverflowError: more dirty pages than ``staging`` holds (nothing was lost: those

@@ -228,6 +228,7 @@ class MemorySource:
         close_writes: Callable[[], None],
         *,
         leave_paused: bool = False,
+        keep: int = 0,
     ) -> Captured:
         """Take one checkpoint."""
         guest = self._guest
@@ -263,7 +264,8 @@ class MemorySource:
                 self._gather([ring], staging)
                 reach("rings-copied")
                 written = sorted(guest.dirty.difference(shared))
-                guest.dirty.clear()
+                if len(guest.dirty) > keep:
+                    guest.dirty.clear()
                 reach("log-read")
                 self._gather([*granted, *written], staging)
                 reach("pages-copied")

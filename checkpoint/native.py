@@ -21,6 +21,7 @@ class Loops(Protocol):
     """What ``checkpoint._native`` and ``checkpoint._twin`` both are."""
 
     def scan_bitmap(self, bitmap: Any, nbits: int, out: Any, first: int = 0, /) -> int: ...
+    def count_set(self, bitmap: Any, nbits: int, /) -> int: ...
     def gather(self, memory: Any, gfns: Any, count: int, out: Any, /) -> None: ...
     def first_set(self, bitmap: Any, gfns: Any, /) -> int: ...
     def stage(
@@ -78,6 +79,14 @@ def scan_bitmap(bitmap: Any, nbits: int, out: Any, first: int = 0) -> int:
     :raise ValueError: the bitmap has not so many bits
     """
     return _loops.scan_bitmap(bitmap, nbits, out, first)
+
+
+def count_set(bitmap: Any, nbits: int) -> int:
+    """How many of the first ``nbits`` bits are set.
+
+    :raise ValueError: the bitmap has not so many bits
+    """
+    return _loops.count_set(bitmap, nbits)
 
 
 def gather(memory: Any, gfns: Any, count: int, out: Any) -> None:

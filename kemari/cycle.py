@@ -40,6 +40,13 @@ INLINE_PAGES: Final = 1024
 #: Pages that the staging buffer holds at first (8 MiB); it grows when a capture needs more.
 STAGING_PAGES: Final = 2048
 GROWTH: Final = 4
+#: Frames that may stay in the dirty log although some of their pages did not change, so that the
+#: guest can write them without a fault: so many for each page that changed in the last epoch, and
+#: so many more, 1 MiB, but no more than a share of a small guest.  A page too much costs a copy of
+#: it in the pause and a comparison after it; a fault costs the guest several times that.
+KEPT_FOR_CHANGED: Final = 2
+KEPT_PAGES: Final = 256
+KEPT_SHARE: Final = 32
 #: Seconds after an unusable pause point, doubled each time up to the limit.
 RETRY: Final = 0.001
 RETRY_LIMIT: Final = 0.1
@@ -106,6 +113,8 @@ class Cycle:
         self._loop = asyncio.get_running_loop()
         self._staging = Staging(min(STAGING_PAGES, source.description.pages))
         self._pages_before = source.description.pages
+        self._changed = 0  # pages of the last epoch that the standby did not have so
+        self._kept_pages = min(KEPT_PAGES, source.description.pages // KEPT_SHARE)
         self._begun_ns = self._captured_ns = self._release_ns = 0
         #: Boot times: of the capture, and when the standby surely had not taken over.
         self._captured_boot_ns = self._trusted_ns = 0
@@ -285,6 +294,7 @@ class Cycle:
                 self._close_output,
                 self._disks.close_epoch,
                 leave_paused=keep_paused,
+                keep=KEPT_FOR_CHANGED * self._changed + self._kept_pages,
             )
         except Exception as error:  # noqa: BLE001 - judged by the caller, in the loop's thread
             return error
@@ -414,7 +424,9 @@ class Cycle:
             self._acked(number, encode_ns, sent)
 
     def _encode(self) -> list[Coded]:
-        return list(self._encoder.encode(self._staging))
+        batches = list(self._encoder.encode(self._staging))
+        self._changed = sum(batch.pages for batch in batches)
+        return batches
 
     def _send_failed(self, error: CheckpointError) -> None:
         self._ack_timer.clear()

@@ -39,7 +39,12 @@ MARK_FRAME: Final = 0
 class DirtyLog:
     """Dirty tracking of ``pages`` guest frames from frame 0.
 
-    :ivar bitmap: one bit per frame, filled by :meth:`read_and_clean`, in which the mark's is set
+    A frame whose page was written stays in the log until that is cleaned.  From then on the guest's
+    next write to each page is a fault that Xen handles, and so is its first access by each part of
+    the tables that Xen keeps of its memory (``p2m_change_entry_type_global``).  That costs the
+    guest more than copying a page again does, so :meth:`read` can do without.
+
+    :ivar bitmap: one bit per frame, filled by a reading, in which the mark's is set
     """
 
     def __init__(self, domid: int, pages: int, libs: Libraries | None = None) -> None:
@@ -87,24 +92,42 @@ class DirtyLog:
                 f"the dirty log keeps no mark at frame {MARK_FRAME} (expected memory there)"
             )
 
-    def read_and_clean(self, *, mark: bool = True) -> None:
-        """Move the log into :attr:`bitmap` and clean it.
+    def read(self, keep: int) -> None:
+        """Copy the log of a paused domain into :attr:`bitmap`, and clean it if more than ``keep``
+        frames are in it.  The domain gets its mark before it runs: by :meth:`mark`, or from a
+        :class:`checkpoint.xen.moment.Resumption`.
 
-        :param mark: False for a domain that is paused, and that gets its mark before it runs: by
-            :meth:`mark`, or from a :class:`checkpoint.xen.moment.Resumption`
+        Either way the bitmap has all that was written since the last reading.  What was not cleaned
+        is in the next one again.
+
         :raise LogTaken: it does not tell all that was written since the last reading
         """
+        if keep > 0:
+            self._read_ours(_PEEK, "peek")
+            if native.count_set(self.bitmap, self._pages) <= keep:
+                return
+        # What backends wrote meanwhile is in this one.
+        self._read_ours(_CLEAN, "read and clean")
+
+    def read_and_clean(self) -> None:
+        """Move the log into :attr:`bitmap`, clean it, and put the mark into it.
+
+        :raise LogTaken: as :meth:`read`
+        """
+        self._read_ours(_CLEAN, "read and clean")
+        self.mark()
+
+    def _read_ours(self, operation: int, what: str) -> None:
         if not self._enabled:
             raise LogTaken
         # Xen 4.17 answers for a dying domain without filling the bitmap.
         self.bitmap[MARK_FRAME // 8] &= ~(1 << MARK_FRAME % 8)
-        self._read(_CLEAN, self._pages, "read and clean")
+        self._read(operation, self._pages, what)
         if not self._shows_mark():
             self._enabled = False  # it is somebody else's, or off
-            self._give_back()
+            if operation == _CLEAN:
+                self._give_back()
             raise LogTaken
-        if mark:
-            self.mark()
 
     def mark(self) -> None:
         """Put the mark into the log that was read; whatever the domain writes comes after it."""

@@ -252,6 +252,7 @@ class XenSource:
         close_writes: Callable[[], None],
         *,
         leave_paused: bool = False,
+        keep: int = 0,
     ) -> Captured:
         self._refresh()
         staging.clear()
@@ -281,7 +282,7 @@ class XenSource:
                 closing, closed = settled, time.monotonic_ns()
             events, grants = self._copy_shared(staging)
             reach("rings-copied")
-            self._copy_dirty(staging)
+            self._copy_dirty(staging, keep)
             reach("pages-copied")
             pause_ns = time.monotonic_ns() - begun
             self._let_go(leave_paused)
@@ -320,7 +321,7 @@ class XenSource:
         """Let the guest run after an attempt that failed; nothing that the log said is lost."""
         try:
             if self._log_was_read:
-                self._carried = bytes(self._log.bitmap)  # the log itself is clean now
+                self._carried = bytes(self._log.bitmap)  # the log itself may be clean now
                 if self._paused:
                     self._log.mark()
         finally:
@@ -377,8 +378,8 @@ class XenSource:
                 os.sched_yield()
                 copy[:] = page
 
-    def _copy_dirty(self, staging: Staging) -> None:
-        self._log.read_and_clean(mark=False)
+    def _copy_dirty(self, staging: Staging, keep: int) -> None:
+        self._log.read(keep)
         self._log_was_read = True
         reach("log-read")
         if self._carried is not None:

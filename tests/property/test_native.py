@@ -47,6 +47,11 @@ def test_scan_bitmap(bitmap: bytes, nbits: int, room: int, first: int) -> None:
     same("scan_bitmap", lambda: (bitmap, nbits, array("Q", bytes(8 * room)), first))
 
 
+@given(st.binary(max_size=80), st.integers(-1, 660))
+def test_count_set(bitmap: bytes, nbits: int) -> None:
+    same("count_set", lambda: (bitmap, nbits))
+
+
 @given(frames(), st.integers(-1, 9), st.integers(0, 8), st.integers(0, 100))
 def test_gather(gfns: list[int], count: int, room: int, seed: int) -> None:
     memory = random.Random(seed).randbytes(PAGES * PAGE)

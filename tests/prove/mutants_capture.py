@@ -9,6 +9,8 @@ from tests.prove.mutant import Edit, Mutant
 
 _MEMORY: Final = "checkpoint/memory.py"
 _XEN: Final = "checkpoint/xen/source.py"
+_DIRTY: Final = "checkpoint/xen/dirty.py"
+_LOG_TESTS: Final = ("tests/unit/test_xen_dirty.py",)
 _XEN_TESTS: Final = ("tests/unit/test_xen_source.py", "tests/unit/test_xen_source_life.py")
 
 CAPTURE: Final[tuple[Mutant, ...]] = (
@@ -90,15 +92,15 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
                 _XEN,
                 "            events, grants = self._copy_shared(staging)\n"
                 '            reach("rings-copied")\n'
-                "            self._copy_dirty(staging)\n",
-                "            self._log.read_and_clean(mark=False)\n"
+                "            self._copy_dirty(staging, keep)\n",
+                "            self._log.read(0)\n"
                 "            logged = bytes(self._log.bitmap)\n"
                 "            events, grants = self._copy_shared(staging)\n"
                 '            reach("rings-copied")\n'
-                "            self._log.read_and_clean = lambda **_: None\n"
+                "            self._log.read = lambda keep: None\n"
                 "            self._log.bitmap[:] = logged\n"
-                "            self._copy_dirty(staging)\n"
-                "            del self._log.read_and_clean\n",
+                "            self._copy_dirty(staging, keep)\n"
+                "            del self._log.read\n",
             ),
         ),
         _XEN_TESTS,
@@ -144,6 +146,34 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
             ),
         ),
         _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-log-cleaned-unread",
+        "on Xen, what was written while the log was looked at is not lost with its cleaning",
+        (
+            Edit(
+                _DIRTY,
+                "        # What backends wrote meanwhile is in this one.\n"
+                '        self._read_ours(_CLEAN, "read and clean")\n',
+                "            seen = bytes(self.bitmap)\n"
+                '        self._read_ours(_CLEAN, "read and clean")\n'
+                "        if keep > 0:\n"
+                "            self.bitmap[:] = seen\n",
+            ),
+        ),
+        _LOG_TESTS,
+    ),
+    Mutant(
+        "xen-kept-log-without-a-look-at-the-mark",
+        "on Xen, a log that is not cleaned is known to be ours",
+        (
+            Edit(
+                _DIRTY,
+                '            self._read_ours(_PEEK, "peek")\n',
+                '            self._read(_PEEK, self._pages, "peek")\n',
+            ),
+        ),
+        _LOG_TESTS,
     ),
     Mutant(
         "xen-output-closed-after-unpause",

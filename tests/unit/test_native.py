@@ -101,6 +101,15 @@ def test_scan_into_too_little_room_says_how_much_is_needed_and_writes_nothing(
 def test_scan_beyond_the_bitmap_is_refused(loops: Loops, nbits: int) -> None:
     with pytest.raises(ValueError, match="does not have"):
         loops.scan_bitmap(b"\xff", nbits, array("Q", bytes(80)))
+    with pytest.raises(ValueError, match="does not have"):
+        loops.count_set(b"\xff", nbits)
+
+
+@pytest.mark.parametrize(("nbits", "count"), [(0, 0), (8, 8), (9, 8), (24, 8), (25, 9), (88, 16)])
+def test_bits_are_counted_up_to_the_end_and_not_beyond(
+    loops: Loops, nbits: int, count: int
+) -> None:
+    assert loops.count_set(b"\xff\0\0\xff" + bytes(7) + b"\xff", nbits) == count
 
 
 # ---- gather ----

@@ -92,6 +92,43 @@ def test_the_log_is_moved_into_the_bitmap_and_cleaned(xen: Any, guest: FakeDomai
     assert not xen.buffers
 
 
+def test_a_log_of_few_frames_is_left_as_it_is(xen: Any, guest: FakeDomain) -> None:
+    log = DirtyLog(DOMID, PAGES, xen)
+    log.enable()
+    for gfn in (1, 599):
+        guest.write(gfn, b"x")
+    log.read(keep=3)  # with the mark
+    assert written(log) == {1, 599}
+    log.read(keep=3)
+    assert written(log) == {1, 599}
+    guest.write(7, b"x")
+    log.read(keep=3)
+    assert written(log) == {1, 7, 599}
+    log.mark()
+    guest.write(8, b"x")
+    log.read(keep=3)
+    assert written(log) == {8}
+    log.close()
+
+
+def test_what_is_written_between_looking_and_cleaning_is_not_lost(
+    xen: Any, guest: FakeDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend copies to a guest that is paused."""
+    log = DirtyLog(DOMID, PAGES, xen)
+    log.enable()
+    guest.write(1, b"x")
+
+    def counted(bitmap: memoryview, nbits: int) -> int:
+        guest.write(7, b"late")
+        return int.from_bytes(bitmap, "little").bit_count()
+
+    monkeypatch.setattr("checkpoint.native.count_set", counted)
+    log.read(keep=1)
+    assert written(log) == {1, 7}
+    log.close()
+
+
 @pytest.mark.parametrize("pages", [1, 64, 65, 32768, 32769])
 def test_the_bitmap_fits_its_hypercall_buffer(xen: Any, pages: int) -> None:
     log = DirtyLog(DOMID, pages, xen)
@@ -183,8 +220,9 @@ def test_an_answer_without_a_bitmap_is_none(xen: Any, monkeypatch: pytest.Monkey
     [("begin",), ("begin", "round"), ("begin", "round", "end"), ("round",), ("end",)],
     ids="-".join,
 )
+@pytest.mark.parametrize("keep", [0, PAGES])
 def test_whatever_another_program_does_with_the_log_is_noticed(
-    xen: Any, guest: FakeDomain, steps: tuple[str, ...]
+    xen: Any, guest: FakeDomain, steps: tuple[str, ...], keep: int
 ) -> None:
     log, saving = DirtyLog(DOMID, PAGES, xen), Saving(xen)
     log.enable()
@@ -194,22 +232,23 @@ def test_whatever_another_program_does_with_the_log_is_noticed(
         getattr(saving, step)()
     theirs = guest.logging
     with pytest.raises(LogTaken, match="xl save"):
-        log.read_and_clean()
+        log.read(keep)
     guest.write(MARK_FRAME, b"not a mark")
     with pytest.raises(LogTaken):
-        log.read_and_clean()
+        log.read(keep)
     log.close()
     assert guest.logging == theirs, "what is not ours is not switched off"
 
 
-def test_another_program_gets_back_what_was_read(xen: Any, guest: FakeDomain) -> None:
+@pytest.mark.parametrize("keep", [0, PAGES])
+def test_another_program_gets_back_what_was_read(xen: Any, guest: FakeDomain, keep: int) -> None:
     log, saving = DirtyLog(DOMID, PAGES, xen), Saving(xen)
     log.enable()
     saving.begin()
     for gfn in (7, 8, 599):
         guest.write(gfn, b"theirs")
     with pytest.raises(LogTaken):
-        log.read_and_clean()
+        log.read(keep)
     assert saving.round() == {7, 8, 599}
     log.close()
 

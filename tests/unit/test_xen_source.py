@@ -449,6 +449,33 @@ def test_more_dirty_pages_than_staging_holds_stay_dirty_over_several_attempts(ri
     assert DATA not in rig.copies()
 
 
+def test_what_is_left_in_the_log_is_copied_again(rig: Rig) -> None:
+    rig.guest.write(DATA, b"first")
+    rig.capture(keep=len(rig.copies()) + 100)
+    assert DATA in rig.copies()
+    rig.guest.write(DATA + 1, b"then")
+    rig.capture(keep=1)
+    assert {DATA, DATA + 1} <= set(rig.copies())
+    rig.capture(keep=100)
+    assert {DATA, DATA + 1}.isdisjoint(rig.copies())
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_an_attempt_that_failed_loses_nothing_wherever_it_left_the_log(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    rig.guest.write(DATA, b"first")
+    with monkeypatch.context() as patch:
+        patch.setattr(StateEncoder, "encode", lambda *_: 1 / 0)
+        for gfn in (DATA + 1, DATA + 2):
+            with pytest.raises(ZeroDivisionError):
+                rig.capture(keep=keep)
+            rig.guest.write(gfn, b"then")
+            keep = 100 - keep
+    rig.capture(keep=keep)
+    assert {DATA, DATA + 1, DATA + 2} <= set(rig.copies())
+
+
 def test_shared_pages_alone_that_do_not_fit(rig: Rig) -> None:
     rig.guest.write(DATA, b"kept")
     rig.staging = Staging(2)

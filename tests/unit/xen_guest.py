@@ -112,7 +112,7 @@ class Rig:
         self.xen.calls.append("close_output")
         self.closed += 1
 
-    def capture(self, then: Callable[[], None] | None = None, **how: bool) -> MachineState:
+    def capture(self, then: Callable[[], None] | None = None, **how: int) -> MachineState:
         """One capture; the state that it took.
 
         :param then: done when the disks' writes are closed
@@ -125,7 +125,13 @@ class Rig:
             if then is not None:
                 then()
 
-        self.source.capture(self.staging, self.close_output, close_writes, **how)
+        self.source.capture(
+            self.staging,
+            self.close_output,
+            close_writes,
+            leave_paused=bool(how.get("leave_paused")),
+            keep=how.get("keep", 0),
+        )
         return MachineState.from_bytes(self.staging.state)
 
     def refused(self, reason: str) -> None:
