@@ -13,7 +13,7 @@ from tests.prove.registers import Registers
 from vagrant.demolib.verdict import judge
 
 #: Answers on each connection that show that it works.
-SOME = 50
+SOME = 20
 #: Seconds from the moment at which a fault may happen until it has.
 PATIENCE = 120
 #: A shell script, read by the supervisor's before it starts kemarid.

@@ -93,6 +93,12 @@ class Loop:
                         listening.close()
         self.loop.call_soon(self.loop.stop)
         self.loop.run_forever()
+        # What a thread still writes must not meet the removal of its folder.
+        threads = self.loop._default_executor  # type: ignore[attr-defined]
+        if threads is not None:
+            threads.shutdown(wait=False)
+            for thread in threads._threads:
+                thread.join(PATIENCE)
         self.loop.close()
 
 
