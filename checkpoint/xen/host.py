@@ -23,7 +23,7 @@ from checkpoint.xen.control import (
 )
 from checkpoint.xen.dirty import DirtyLog, left_behind, switch_off
 from checkpoint.xen.libs import libraries
-from checkpoint.xen.mapping import Mapping, PresentRam
+from checkpoint.xen.mapping import MMIO_HOLE, Mapping, PresentRam, end_of_ram, map_ram
 from checkpoint.xen.revive import revived_node
 from checkpoint.xen.source import XenSource
 from checkpoint.xen.store import Store
@@ -34,8 +34,10 @@ from checkpoint.xen.versions import RELEASES
 _CARRIED_PARAMS = (1, 5, 6, 27, 28, 29, 37, 17, 19, 9, 12, 34, 32, 33, 36, 38)
 
 #: where the domain builder puts what is not RAM: ACPI tables (libxl_x86_acpi.c) up to the special
-#: pages (xg_dom_x86.c); the hole below 4 GiB begins there at the lowest
-_BUILDER_FIRST, _BUILDER_END = 0xFC000, 0xFF000
+#: pages (xg_dom_x86.c)
+_BUILDER = range(MMIO_HOLE.start, 0xFF000)
+#: pages that it puts there at most; measured: 12
+_BUILDER_PAGES = 256
 
 
 #: the hotplug script of disks whose writes are replicated (dom0-tools)
@@ -189,28 +191,32 @@ class XenHost:
         finally:
             handle.unpause()
         context = Context(raw)
-        ram = Mapping(handle.domid, range(pages), allow_holes=True)
+        ram = map_ram(handle.domid, pages)
         try:
             vcpus = [context.vcpu(number) for number in context.vcpus()]
             layout = read_layout(
                 PresentRam(ram), [Registers(vcpu.cr3, vcpu.cr4, vcpu.lstar) for vcpu in vcpus]
             )
             _check_kernel(layout)
-            holes = ram.holes
+            holes = [gfn for gfn in ram.holes if gfn not in MMIO_HOLE]
         finally:
             ram.close()
         named = [handle.get_param(HVM_PARAM_STORE_PFN), handle.get_param(HVM_PARAM_CONSOLE_PFN)]
-        frames = range(_BUILDER_FIRST, _BUILDER_END)
-        outside = Mapping(handle.domid, frames, allow_holes=True)
+        outside = Mapping(handle.domid, _BUILDER, allow_holes=True)
         try:
             absent = set(outside.holes)
             static = {
                 gfn: outside.page(index).hex()
-                for index, gfn in enumerate(frames)
+                for index, gfn in enumerate(_BUILDER)
                 if index not in absent and gfn not in named
             }
         finally:
             outside.close()
+        if len(static) > _BUILDER_PAGES:
+            raise UnsupportedGuest(
+                f"the guest has {len(static)} pages from frame {_BUILDER.start:#x} on (expected "
+                f"its memory to end there, or to go on from frame {MMIO_HOLE.stop:#x} on)"
+            )
         cpuid, msrs = handle.cpu_policy()
         tsc = handle.tsc_info()
         detail = {
@@ -323,8 +329,9 @@ def _check_dirty_log(domid: int, pages: int) -> None:
 def _ram_pages(config: dict[str, Any]) -> int:
     """Frames from 0 to the end of RAM.
 
-    A PVH guest's RAM begins at 0; what lies above is placed by the domain builder or by the guest
-    itself (grant table, frames for ballooning) and is handled by name.
+    A PVH guest's RAM begins at 0, and has a hole below 4 GiB if it reaches that far; what lies in
+    there and above is placed by the domain builder or by the guest itself (grant table, frames for
+    ballooning) and is handled by name.
     """
     memory = config["b_info"]
     most = int(memory["max_memkb"])
@@ -335,13 +342,7 @@ def _ram_pages(config: dict[str, Any]) -> int:
             f"the guest has {now} KiB of memory and could have {most} KiB (expected memory and "
             "maxmem to be the same)"
         )
-    pages = most * 1024 // PAGE_SIZE
-    if pages > _BUILDER_FIRST:
-        raise UnsupportedGuest(
-            f"the guest has {pages // 256} MiB of memory (expected at most "
-            f"{_BUILDER_FIRST // 256} MiB, what fits below the hole at 4 GiB)"
-        )
-    return pages
+    return end_of_ram(most * 1024 // PAGE_SIZE)
 
 
 def _backends(store: Store, domid: int, device: str) -> Iterator[tuple[int, str]]:

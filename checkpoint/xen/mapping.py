@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from checkpoint.driver import PAGE_SIZE
 from checkpoint.errors import HypervisorError
@@ -22,6 +22,24 @@ _PIECE = 512
 _RESOURCE_GRANT_TABLE, _GRANT_SHARED = 1, 0
 
 
+#: Frames below 4 GiB that are no RAM of a PVH guest: ACPI tables, local APIC, special pages.  What
+#: does not fit below goes on behind it (``libxl__build_hvm`` in ``libxl_dom.c``).
+MMIO_HOLE: Final = range(0xFC000, 0x100000)
+
+
+def end_of_ram(pages: int) -> int:
+    """The frame behind the RAM of a PVH guest of so many pages."""
+    return pages if pages <= MMIO_HOLE.start else pages + len(MMIO_HOLE)
+
+
+def map_ram(domid: int, end: int, *, writable: bool = False) -> Mapping:
+    """All of a guest's RAM, below frame ``end``, each page at its own place.
+
+    What is no RAM in between is memory of nobody: whoever writes there harms nobody.
+    """
+    return Mapping(domid, range(end), writable=writable, allow_holes=True, left_out=MMIO_HOLE)
+
+
 class Mapping:
     """Guest frames mapped side by side.
 
@@ -36,21 +54,27 @@ class Mapping:
         *,
         writable: bool = False,
         allow_holes: bool = False,
+        left_out: range = range(0),
         libs: Libraries | None = None,
     ) -> None:
         """Map ``gfns`` of domain ``domid``.
 
+        :param left_out: counts as holes, whatever is there; whole pieces of 512 of ``gfns``
         :raise HypervisorError: when Xen refuses, or a frame is missing without ``allow_holes``
         """
         self._libs = libs or libraries()
         self._count = len(gfns)
         self._prot = _PROT_READ | (_PROT_WRITE if writable else 0)
-        errors, self.holes = ffi.new("int[]", _PIECE), []
+        errors = ffi.new("int[]", _PIECE)
+        self.holes: list[int] = []
         self._address: Any = self._reserve()
         # In pieces: mapping a page costs the kernel so much that one call for a whole guest would
         # keep a processor from everything else, heartbeats included, for a second or more.
         for start in range(0, self._count, _PIECE):
             frames = gfns[start : start + _PIECE]
+            if frames[0] in left_out:
+                self.holes += range(start, start + len(frames))
+                continue
             piece = ffi.new("xen_pfn_t[]", list(frames))
             result = self._libs.fmem.xenforeignmemory_map2(
                 self._libs.fmemh, domid, self._at(start), self._prot, _MAP_FIXED,
@@ -76,7 +100,8 @@ class Mapping:
 
     def _reserve(self) -> Any:
         """Address space for all the frames."""
-        address = self._libs.libc.mmap(ffi.NULL, self._count * PAGE_SIZE, 0, _MAP_RESERVE, -1, 0)
+        size = self._count * PAGE_SIZE
+        address = self._libs.libc.mmap(ffi.NULL, size, self._prot, _MAP_RESERVE, -1, 0)
         if int(ffi.cast("intptr_t", address)) == -1:
             raise HypervisorError("mmap", ffi.errno, f"{self._count} pages of address space")
         return address

@@ -13,7 +13,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.xen import control, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CONSOLE_EVTCHN, HVM_PARAM_STORE_EVTCHN, Domain
-from checkpoint.xen.mapping import Mapping
+from checkpoint.xen.mapping import MMIO_HOLE, Mapping, map_ram
 from checkpoint.xen.revive import check_state, revive
 from checkpoint.xen.state import MachineState
 from checkpoint.xen.stream import shell_stream
@@ -37,11 +37,8 @@ class XenShell:
         self._description = description
         self._domain = domain
         self._gone = False
-        holes = set(description.detail["holes"])
-        self._ram = Mapping(
-            domain.domid, range(description.pages), writable=True, allow_holes=bool(holes)
-        )
-        missing = set(self._ram.holes) - holes
+        self._ram = map_ram(domain.domid, description.pages, writable=True)
+        missing = set(self._ram.holes).difference(description.detail["holes"], MMIO_HOLE)
         if missing:
             self._ram.close()
             raise CheckpointError(
@@ -84,7 +81,9 @@ def create(description: Description) -> XenShell:
     :raise CheckpointError: not enough memory, name or number taken, toolstack failure
     """
     detail: dict[str, Any] = description.detail
-    needed = description.pages + description.pages // _OVERHEAD_SHARE + _OVERHEAD_PAGES
+    end, holes = description.pages, {*detail["holes"], *MMIO_HOLE}
+    pages = end - sum(gfn < end for gfn in holes)
+    needed = pages + pages // _OVERHEAD_SHARE + _OVERHEAD_PAGES
     free = control.free_pages()
     if needed > free:
         raise CheckpointError(
@@ -99,15 +98,17 @@ def create(description: Description) -> XenShell:
     config = copy.deepcopy(detail["config"])
     config["c_info"]["name"] = description.name + SUFFIX
     config["c_info"]["domid"] = description.domid
-    holes = set(detail["holes"])
-    ram = (gfn for gfn in range(description.pages) if gfn not in holes)
     static = {int(gfn): bytes.fromhex(page) for gfn, page in detail["static"].items()}
     major, minor = (int(part) for part in detail["xen"].split("."))
     toolstack.restore_paused(
         shell_stream(
             config,
             xen=(major, minor),
-            gfns=itertools.chain(ram, sorted([*static, *detail["special"]])),
+            gfns=itertools.chain(
+                (gfn for gfn in range(min(end, MMIO_HOLE.start)) if gfn not in holes),
+                sorted([*static, *detail["special"]]),
+                (gfn for gfn in range(MMIO_HOLE.stop, end) if gfn not in holes),
+            ),
             cpuid=bytes.fromhex(detail["cpuid"]),
             msrs=bytes.fromhex(detail["msrs"]),
             params={int(key): value for key, value in detail["params"].items()},

@@ -27,7 +27,7 @@ from checkpoint.guest.memory import PhysicalMemory, RamView
 from checkpoint.xen import rings, toolstack
 from checkpoint.xen.control import HVM_PARAM_CALLBACK_IRQ, Domain
 from checkpoint.xen.dirty import MARK_FRAME, DirtyLog
-from checkpoint.xen.mapping import GrantFrames, Mapping, PresentRam
+from checkpoint.xen.mapping import MMIO_HOLE, GrantFrames, Mapping, PresentRam, map_ram
 from checkpoint.xen.moment import Moment, Resumption
 from checkpoint.xen.processors import Processors
 from checkpoint.xen.rest import Rest
@@ -89,7 +89,7 @@ class XenSource:
             held.callback(self._moment.close)
             self._resumption = Resumption(domid, MARK_FRAME)
             held.callback(self._resumption.close)
-            self._ram = Mapping(domid, range(self._pages), allow_holes=True)
+            self._ram = map_ram(domid, self._pages)
             held.callback(self._ram.close)
             self._outside = Mapping(domid, self._special)
             held.callback(self._outside.close)
@@ -105,10 +105,10 @@ class XenSource:
             }
             self._memory = PresentRam(self._ram)
             self._holes = self._all_holes()
-            # A growing grant table takes frames that the guest keeps free for it.
-            self._no_memory = array(
-                "Q", (gfn for gfn in self._holes if gfn not in self._layout.grants.gfns)
-            )
+            # A growing grant table takes frames that the guest keeps free for it, and its rings
+            # with xenstored and xenconsoled are among what is no RAM.
+            used = {*self._layout.grants.gfns, *MMIO_HOLE}
+            self._no_memory = array("Q", (gfn for gfn in self._holes if gfn not in used))
             self._rest = Rest(self._ram.view, self._memory, self._layout)
             self._carried: bytes | None = None
             self._log_was_read = False

@@ -14,7 +14,8 @@ from checkpoint.errors import CheckpointError, HypervisorError, LogTaken, Unsupp
 from checkpoint.xen import toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.host import XenHost
-from tests.unit.xen_guest import CONSOLE_GFN, DATA, DOMID, STORE_GFN, VIF
+from checkpoint.xen.mapping import end_of_ram
+from tests.unit.xen_guest import CONSOLE_GFN, DATA, DOMID, HOLE, STORE_GFN, VIF, with_hole
 from tests.unit.xen_world import ACPI_GFN, KHZ, World
 
 
@@ -46,6 +47,43 @@ def test_what_is_described_of_a_guest(world: World) -> None:
     assert not world.rig.guest.logging
 
 
+def test_a_guest_with_memory_beyond_4_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hole(monkeypatch)
+    world = World(monkeypatch)
+    ram = world.rig.pages - len(HOLE)
+    world.config["b_info"] = {"max_memkb": ram * 4, "target_memkb": ram * 4}
+    description = XenHost().open_source("web").description
+    assert description.pages == world.rig.pages
+    assert description.detail["holes"] == []
+
+    world.xen = world.standby
+    made = XenHost().create_shell(description)
+    (stream,) = world.streams
+    frames = [gfn for batch in stream.batches for gfn in batch]
+    assert frames == [
+        *range(HOLE.start),
+        *sorted([ACPI_GFN, STORE_GFN, CONSOLE_GFN]),
+        *range(HOLE.stop, world.rig.pages),
+    ]
+    assert len(made.memory) == world.rig.pages * PAGE_SIZE
+    made.memory[HOLE.start * PAGE_SIZE] = 1  # a primary that lies; nobody is harmed
+    made.destroy()
+
+
+@pytest.mark.parametrize(("pages", "end"), [(0xFC000, 0xFC000), (0xFC001, 0x100001)])
+def test_ram_goes_on_behind_what_is_none(pages: int, end: int) -> None:
+    assert end_of_ram(pages) == end
+
+
+def test_a_guest_whose_memory_lies_where_it_is_not_expected(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpoint.xen.host._BUILDER_PAGES", 0)
+    with pytest.raises(UnsupportedGuest, match="has 1 pages from frame 0xfc000 on"):
+        XenHost().open_source("web")
+    assert not world.primary.mapped
+
+
 def test_a_guest_that_was_revived_has_its_own_name_before_it_is_renamed(world: World) -> None:
     world.store.nodes |= {"name": "web--kemari", "kemari": "revived"}
     for domain in ("web", str(DOMID)):
@@ -64,7 +102,6 @@ def test_a_guest_is_found_by_its_number_too(world: World) -> None:
     [
         ("c_info", {"type": "pv"}, "is a PV guest .* no dirty log"),
         ("c_info", {"type": "hvm"}, "is a HVM guest .* emulated devices"),
-        ("b_info", {"max_memkb": 5 << 20, "target_memkb": 5 << 20}, "expected at most 4032 MiB"),
         ("b_info", {"target_memkb": 4096}, "has 4096 KiB of memory and could have 8192 KiB"),
         ("", {"disks": [{"vdev": "xvda"}]}, "disk xvda .* is not replicated .*block-kemari"),
         ("", {"disks": [{"vdev": "xvdb", "script": "block"}]}, "disk xvdb .* is not replicated"),

@@ -21,11 +21,13 @@ from tests.unit.xen_guest import (
     BUFFER_REFERENCE,
     DATA,
     DOMID,
+    HOLE,
     RX,
     TX,
     VIF,
     Rig,
     tracked,
+    with_hole,
 )
 
 GTF_WRITING = 0x10
@@ -131,6 +133,19 @@ def test_holes_are_never_touched(holey: Rig) -> None:
     holey.guest.grant(BUFFER_REFERENCE, HOLES[0], 1 | GTF_WRITING)
     holey.capture()
     assert not set(HOLES) & set(holey.copies())
+
+
+def test_what_is_no_ram_below_4_gib_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hole(monkeypatch)
+    rig = Rig(monkeypatch)
+    rig.source.track()
+    first = [gfn for batch in rig.source.base_round() for gfn in batch]
+    assert first == [gfn for gfn in range(rig.pages) if gfn not in HOLE]
+    for gfn in (HOLE.start, HOLE.stop, DATA):
+        rig.guest.write(gfn, b"written")
+    rig.capture()
+    assert HOLE.start not in rig.copies()
+    assert {HOLE.stop, DATA} <= set(rig.copies())
 
 
 def test_a_hole_that_was_filled_is_refused_and_nothing_is_lost(holey: Rig) -> None:

@@ -292,6 +292,18 @@ def test_large_mappings_are_made_in_pieces_that_lie_side_by_side(xen: Any) -> No
     assert not xen.mapped
 
 
+def test_what_is_left_out_is_no_memory_of_the_guest(xen: Any) -> None:
+    mapping = Mapping(
+        DOMID, range(600), writable=True, allow_holes=True, left_out=range(512, 1024), libs=xen
+    )
+    assert xen.calls.count("xenforeignmemory_map2") == 1
+    assert mapping.holes == [2, 3, *range(512, 600)]
+    mapping.page(512)[:] = b"x" * PAGE_SIZE
+    assert bytes(xen.domains[DOMID].page(512)) == bytes(PAGE_SIZE)
+    mapping.close()
+    assert not xen.mapped
+
+
 def test_a_hole_is_an_error_where_none_is_expected(xen: Any) -> None:
     with pytest.raises(HypervisorError, match=r"guest frame 0x2\)") as caught:
         Mapping(DOMID, range(600), libs=xen)

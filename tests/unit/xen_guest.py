@@ -12,7 +12,7 @@ import pytest
 from checkpoint.driver import PAGE_SIZE, Description, Staging
 from checkpoint.errors import NotQuiescent
 from checkpoint.guest.linux import read_layout
-from checkpoint.xen import dirty, mapping, moment, source, toolstack
+from checkpoint.xen import dirty, host, mapping, moment, shell, source, toolstack
 from checkpoint.xen.control import Domain
 from checkpoint.xen.rings import Kind
 from checkpoint.xen.source import XenSource
@@ -23,6 +23,8 @@ from tests.unit.xen_fake_store import FakeStore
 from tests.unit.xen_fakes import FakeDomain, FakeXen, save_file
 
 DOMID = 3
+#: A hole in the middle of RAM, as a guest has it below 4 GiB, in place of that.
+HOLE = range(0x600, 0x680)
 STORE_GFN, CONSOLE_GFN = 0xFEFFC, 0xFEFFF
 #: guest frames of the rings, of a receive buffer and of plain data
 TX, RX, BUFFER, BLOCK, DATA = 0x300, 0x301, 0x302, 0x303, 0x310
@@ -150,6 +152,13 @@ class Rig:
             gfn: bytes(staging.data[at * PAGE_SIZE : (at + 1) * PAGE_SIZE])
             for at, gfn in enumerate(frames)
         }
+
+
+def with_hole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests to come have :data:`HOLE`; what is in there is no RAM."""
+    for module in (mapping, source, shell, host):
+        monkeypatch.setattr(module, "MMIO_HOLE", HOLE)
+    monkeypatch.setattr(mapping, "_PIECE", len(HOLE))
 
 
 def tracked(monkeypatch: pytest.MonkeyPatch) -> Rig:

@@ -25,6 +25,7 @@ from vagrant.lablib.command import extend_path, say, step
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import NAME as GUEST
 from vagrant.lablib.guest import GuestOptions
+from vagrant.lablib.host import Machine
 from vagrant.lablib.lab import DEFAULT_SUITE, Lab, Options
 from vagrant.lablib.network import HOSTS
 from vagrant.lablib.recipe import RECIPES
@@ -212,6 +213,10 @@ def _parser() -> argparse.ArgumentParser:
         "--guest-vcpus", type=int, default=1, metavar="N", help="the guest's (%(default)s)"
     )
     parser.add_argument(
+        "--guest-memory", type=int, default=GuestOptions().memory_mib, metavar="MIB",
+        help="the guest's; the hosts have as much more (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--guest-disk", type=int, default=0, metavar="MIB",
         help="size of a disk with databases under load on it (none)",
     )  # fmt: skip
@@ -238,10 +243,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     extend_path()
     signal.signal(signal.SIGTERM, _terminated)
     lab = Lab(args.state)
-    guest = GuestOptions(vcpus=args.guest_vcpus, disk_mib=args.guest_disk)
+    guest = GuestOptions(
+        vcpus=args.guest_vcpus, memory_mib=args.guest_memory, disk_mib=args.guest_disk
+    )
     demo = Demo(lab, args.cuts, args.protected, args.interval, guest)
     try:
-        options = Options(args.suite, guest=guest)
+        options = Options(args.suite, Machine.for_guest(guest.memory_mib), guest)
         with stage.ready(lab, options, demo.out, keep=args.keep):
             demo.run()
     except LabError as error:

@@ -40,6 +40,13 @@ class Machine:
     cpus: int = 1
     dom0_cpus: int = 0
 
+    @classmethod
+    def for_guest(cls, memory_mib: int) -> Machine:
+        """As usual, with memory for a guest of any size, and for what Xen keeps of it."""
+        usual = cls()
+        more = max(0, memory_mib - (usual.memory_mib - usual.dom0_mib) // 2)
+        return cls(memory_mib=usual.memory_mib + more + more // 32)
+
     def check(self) -> None:
         """:raises LabError: there cannot be such a machine"""
         if self.cpus < 1:
