@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 from bench.cases import suspends
 from bench.samples import KEMARI, REMUS, TIMER, UNPROTECTED
+from kemari.pace import LATENCY, THROUGHPUT
 from vagrant.demolib.hosts import Events, kemari
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import NAME as GUEST
@@ -89,13 +90,12 @@ class Unprotected:
 class Kemari:
     """``kemari start``.
 
-    :param timer: milliseconds between two checkpoints, which held output does not trigger then;
-        None: as it comes, held output does
+    :param words: further ones
     """
 
-    def __init__(self, timer: int | None = None) -> None:
-        self.name = KEMARI if timer is None else f"{TIMER}{timer}"
-        self._words = [] if timer is None else ["--interval-only", "--interval", str(timer)]
+    def __init__(self, name: str, *words: str) -> None:
+        self.name = name
+        self._words = words
 
     def begin(self, lab: Lab, folder: Path) -> None:
         """See :class:`Way`."""
@@ -176,8 +176,9 @@ class Remus:
 INTERVALS: Final = (25, 100, 200)
 _WAYS: Final[tuple[Way, ...]] = (
     Unprotected(),
-    Kemari(),
-    *(Kemari(interval) for interval in INTERVALS),
+    Kemari(KEMARI),
+    *(Kemari(f"{KEMARI}-{pace}", "--pace", pace) for pace in (LATENCY, THROUGHPUT)),
+    *(Kemari(f"{TIMER}{ms}", "--interval-only", "--interval", str(ms)) for ms in INTERVALS),
     *(Remus(interval) for interval in INTERVALS),
 )
 WAYS: Final = {way.name: way for way in _WAYS}

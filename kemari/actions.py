@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the epoch state machines (:mod:`kemari.epoch`) ask their callers to do, and their frame."""
+"""What the epoch state machines ask their callers to do, and their frame.
+
+See :mod:`kemari.epoch` and :mod:`kemari.successor`.
+"""
 
 from __future__ import annotations
 

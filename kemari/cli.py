@@ -122,6 +122,11 @@ def cli(context: click.Context, socket: str) -> None:
     "--interval-only", is_flag=True, help="Checkpoints by the timer only, not for held output."
 )
 @click.option(
+    "--pace",
+    type=click.Choice(["latency", "adaptive", "throughput"]),
+    help="What comes first between two checkpoints (default: the configuration's).",
+)
+@click.option(
     "--compression",
     type=click.Choice(["none", "lz4", "zstd"]),
     help="Compression of replicated pages (default: the configuration's).",
@@ -139,6 +144,7 @@ def start(
     standby: str,
     interval: int | None,
     interval_only: bool,
+    pace: str | None,
     compression: str | None,
     wait: bool,
     progress: bool | None,
@@ -158,6 +164,8 @@ def start(
     }
     if interval is not None:
         arguments["interval_ms"] = interval
+    if pace is not None:
+        arguments["pace"] = pace
     if compression is not None:
         arguments["compression"] = compression
     shows = sys.stderr.isatty() if progress is None else progress

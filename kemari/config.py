@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kemari.errors import ConfigError
+from kemari.pace import ADAPTIVE, PACES
 
 DEFAULT_PATH: Final = Path("/etc/kemari/kemari.toml")
 DEFAULT_PORT: Final = 7799
@@ -106,6 +107,7 @@ class Config:
     :ivar heartbeat_ms: silence on every path for this long means that the other host is dead
     :ivar interval_ms: longest time between two checkpoints of an idle guest
     :ivar on_standby_loss: fate of held output when the standby is lost and does not answer
+    :ivar pace: one of :data:`kemari.pace.PACES`
     :ivar compression: of replicated pages
     :ivar reference_percent: share of a guest's memory that the primary keeps a copy of at most
     :ivar buffer_limit: bytes of held output per guest above which the guest is stalled
@@ -121,6 +123,7 @@ class Config:
     heartbeat_ms: int = 1000
     interval_ms: int = 1000
     on_standby_loss: str = "release"
+    pace: str = ADAPTIVE
     compression: str = "lz4"
     reference_percent: int = 100
     buffer_limit: int = 16 << 20
@@ -150,11 +153,13 @@ class Options:
 
     :ivar interval_ms: longest time between two checkpoints
     :ivar interval_only: checkpoints by the timer only, not for held output
+    :ivar pace: one of :data:`kemari.pace.PACES`
     :ivar compression: of replicated pages
     """
 
     interval_ms: int = 1000
     interval_only: bool = False
+    pace: str = ADAPTIVE
     compression: str = "lz4"
 
 
@@ -272,6 +277,7 @@ def parse(untrusted: Mapping[str, Any]) -> Config:
         heartbeat_ms=table.integer("heartbeat_ms", 1000, 200, 60_000),
         interval_ms=table.integer("interval_ms", 1000, *INTERVAL_MS),
         on_standby_loss=table.choice("on_standby_loss", "release", STANDBY_LOSS_POLICIES),
+        pace=table.choice("pace", ADAPTIVE, PACES),
         compression=table.choice("compression", "lz4", COMPRESSIONS),
         reference_percent=table.integer("reference_percent", 100, 1, 100),
         buffer_limit=table.integer("buffer_limit", 16 << 20, 1 << 16, 1 << 30),

@@ -54,6 +54,9 @@ RETRY_LIMIT: Final = 0.1
 #: which protection is given up: the guest's output must not be held for ever.
 CAPTURE_LIMIT: Final = 10.0
 ACK_LIMIT: Final = 20.0
+#: Share of the standby's heartbeat time after which the guest waits for the epoch in flight: what
+#: it can change until then bounds the next one.
+LATE: Final = 0.5
 #: Nanoseconds between two looks whether the guest has shut down: its domain may stay, by
 #: ``on_crash = "preserve"`` or the like, and can be captured on and on.
 ALIVE_PAUSE: Final = 1_000_000_000
@@ -89,6 +92,7 @@ class Cycle:
     """See the module's text.
 
     :param interval: seconds between two checkpoints at most
+    :param pace: one of :data:`kemari.pace.PACES`
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Cycle:
         sender: Sender,
         interval: float,
         disks: SourceDisks,
+        pace: str,
     ) -> None:
         self._keeper = keeper
         self._source = source
@@ -125,12 +130,13 @@ class Cycle:
         self._retry_delay = RETRY
         self._interval_timer = Deadline(self._on_interval)
         self._ack_timer = Deadline(self._on_ack_limit)
+        self._late_timer = Deadline(self._on_late)
         self._restless_since = 0.0
         self._listening = False
         self._closed = self._left = False
         self._capturing: asyncio.Task[None] | None = None
         self._sending: asyncio.Task[None] | None = None
-        self._pace = Pace()
+        self._pace = Pace(pace)
         self._put_off: asyncio.TimerHandle | None = None
         self._drained = False
         self._at_rest = asyncio.Event()
@@ -148,6 +154,7 @@ class Cycle:
             self._loop.remove_reader(self._output.fileno())
         self._interval_timer.close()
         self._ack_timer.close()
+        self._late_timer.close()
         if self._put_off is not None:
             self._put_off.cancel()
         if self._capturing is not None:
@@ -198,6 +205,11 @@ class Cycle:
     def _on_ack_limit(self) -> None:
         self._keeper.link_lost(f"no acknowledgement within {ACK_LIMIT:g} s")
 
+    def _on_late(self) -> None:
+        actions = self._keeper.machine.epoch_late()
+        self._keeper.statistics.late += bool(actions)
+        self._keeper.do(actions)
+
     def _on_interval(self) -> None:
         self._keeper.statistics.by_interval += 1
         self._keeper.do(self._keeper.machine.interval_elapsed())
@@ -228,7 +240,7 @@ class Cycle:
         self._retry_delay = min(self._retry_delay * 2, RETRY_LIMIT)
 
     def pause(self) -> None:
-        """Stall the guest: its output buffer is full."""
+        """Stall the guest: its output buffer is full, or it waits for an ack."""
         self._keeper.statistics.stalls += 1
         self._stalled_at = time.monotonic()
         if self._capturing is None:
@@ -384,6 +396,7 @@ class Cycle:
         """Send the captured epoch; its ack is the next event."""
         self._keeper.do(self._keeper.machine.sent_epoch(number))
         self._ack_timer.set(ACK_LIMIT)
+        self._late_timer.set(self._sender.link.peer.heartbeat * LATE)
         self._at_rest.clear()
         pending = self._disks.pending()
         try:
@@ -430,6 +443,7 @@ class Cycle:
 
     def _send_failed(self, error: CheckpointError) -> None:
         self._ack_timer.clear()
+        self._late_timer.clear()
         self._at_rest.set()
         self._keeper.link_lost(f"a checkpoint did not get through: {error}", error)
 
@@ -437,6 +451,7 @@ class Cycle:
         """The standby holds epoch ``number``: its output leaves first of all."""
         commit_ms = (time.monotonic_ns() - self._begun_ns) / 1e6
         self._ack_timer.clear()
+        self._late_timer.clear()
         self._at_rest.set()
         if commit_ms < self._sender.link.peer.heartbeat * 1000:
             self._trusted_ns = self._captured_boot_ns

@@ -15,13 +15,14 @@ from checkpoint.network import Listener, connect, listen
 from kemari import __version__
 from kemari.config import Address, Config, Options, parse_address
 from kemari.control import ControlServer
-from kemari.epoch import PrimaryState, StandbyState
+from kemari.epoch import PrimaryState
 from kemari.errors import KemariError, NoSuchProtection, Refused
 from kemari.host import WILDCARDS, Dial, Host, load_host_id, tls_contexts
 from kemari.journal import Journal
 from kemari.ledger import Ledger, Record, Role, answer_to_stand_down
 from kemari.leftovers import Leftovers
 from kemari.output import Network
+from kemari.ownership import recorded_options
 from kemari.peers import Peers
 from kemari.protection import Protection
 from kemari.pulses import Pulses
@@ -29,6 +30,7 @@ from kemari.recovery import Recovery, clean, remember_takeover, took_over_unreco
 from kemari.requests import Requests
 from kemari.standby import StandbySession
 from kemari.stragglers import Stragglers
+from kemari.successor import StandbyState
 
 log = logging.getLogger(__name__)
 
@@ -289,7 +291,7 @@ class Daemon:
         """Protect a guest again, with the options that it had, as soon as its standby is back."""
         guest, said = record.guest, ""
         task = self._trying[guest]
-        options = Options(**{key: record.options[key] for key in Options.__dataclass_fields__})
+        options = recorded_options(record)
         standby = tuple(parse_address(each) for each in record.options["standby"])
         while await asyncio.to_thread(self.host.hypervisor.domain_exists, guest):
             await asyncio.sleep(delay)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The epoch state machines: what the primary and the standby of one guest decide.  No I/O.
+"""The epoch state machine of the primary: what is decided for a guest where it runs.  No I/O.
 
-Each public method of :class:`Primary` and :class:`Standby` is an event; it returns the actions that
-the caller must carry out, in order.  The invariants, checked after every event:
+The standby's is in :mod:`kemari.successor`.  Each public method of both is an event; it returns the
+actions that the caller must carry out, in order.  The invariants, checked after every event:
 
 1. Output of epoch *n* leaves the primary only after ack(*n*): ``released <= acked``, and one epoch
    at most is in flight: ``acked <= sent <= captured <= acked + 1``.
@@ -15,7 +15,8 @@ the caller must carry out, in order.  The invariants, checked after every event:
    (``let_go`` says which); the standby's promise and its takeover exclude each other for ever.
 5. Losing the standby, the link or the daemon never harms the running guest: apart from the moment
    of a capture, which the driver ends itself, the guest is paused only while its output buffer is
-   full (``stalled``) or its ownership has been handed over (``handed``).
+   full or an epoch takes long (``stalled``), or its ownership has been handed over (``handed``).
+   Without a standby it waits for no epoch.
 """
 
 from __future__ import annotations
@@ -24,30 +25,21 @@ import enum
 
 from kemari.actions import (
     Abandon,
-    Ack,
     Actions,
-    Apply,
     ArmInterval,
     ArmRetry,
     Ask,
     Capture,
-    DestroyShell,
-    Discard,
     EpochError,
     Handover,
     LetGo,
     Pause,
-    PromiseStoodDown,
     Release,
-    Revive,
     Send,
-    TellRunning,
     Unpause,
     demand,
     event,
 )
-
-# ---- Primary ----------------------------------------------------------------------------------
 
 
 class PrimaryState(enum.Enum):
@@ -92,7 +84,8 @@ class Primary:
     :ivar acked: last epoch acknowledged
     :ivar released: last epoch whose output has left
     :ivar capturing: a capture has been asked for and not yet reported
-    :ivar stalled: the guest is paused because its output buffer is full
+    :ivar stalled: the guest is paused because its output buffer is full, or for a slow standby
+    :ivar outpaced: the guest is paused only because the epoch in flight has taken long
     :ivar handed: the guest is paused because the final epoch was captured
     :ivar let_go: why all output passes, or None while it does not
     """
@@ -102,7 +95,7 @@ class Primary:
         self.interval_only = interval_only
         self.captured = self.sent = self.acked = self.released = 0
         self.capturing = False
-        self.stalled = False
+        self.stalled = self.outpaced = False
         self.handed = False
         self.let_go: LetGoReason | None = None
         self._trigger = False
@@ -136,6 +129,11 @@ class Primary:
             "output passes unasked although an epoch was sent",
         )
         demand(not (self.over and self.stalled), "the guest is stalled after protection ended")
+        demand(
+            not self.outpaced
+            or (self.stalled and self.state is PrimaryState.PROTECTED and self.acked < self.sent),
+            "the guest waits for an epoch that is not under way",
+        )
         demand(
             not self.handed
             or self.state
@@ -233,7 +231,7 @@ class Primary:
         actions: Actions = [Release(epoch)]
         self.released = epoch
         if self.stalled:
-            self.stalled = False
+            self.stalled = self.outpaced = False
             if not self.handed:
                 actions.append(Unpause())
         if self.state is PrimaryState.PROTECTED:
@@ -248,12 +246,26 @@ class Primary:
     @event
     def buffer_full(self) -> Actions:
         """Held output is above the limit: the guest waits rather than lose frames."""
-        if self.over or self.stalled or self.handed or self.state is PrimaryState.COPYING:
+        if self.over or self.handed or self.state is PrimaryState.COPYING:
             return []
-        self.stalled = True
+        if self.stalled and not self.outpaced:
+            return []
+        actions: Actions = [] if self.stalled else [Pause()]
+        self.stalled, self.outpaced = True, False
         if self.state is PrimaryState.PROTECTED:
             self._trigger = True
-        return [Pause(), *self._next()]
+        return [*actions, *self._next()]
+
+    @event
+    def epoch_late(self) -> Actions:
+        """The epoch in flight takes long: the guest waits for its ack, instead of changing more
+        than the link and the standby can take.
+        """
+        under_way = self.state is PrimaryState.PROTECTED and self.acked < self.sent
+        if not under_way or self.stalled or self.handed:
+            return []
+        self.stalled = self.outpaced = True
+        return [Pause()]
 
     def _next(self) -> Actions:
         idle = (
@@ -302,7 +314,10 @@ class Primary:
             # No COMMIT has ever left: the standby has nothing to run.
             return self._let_go(LetGoReason.NOTHING_SENT)
         self.state = PrimaryState.ASKING
-        return [Ask()]
+        if not self.outpaced:
+            return [Ask()]
+        self.stalled = self.outpaced = False
+        return [Ask(), Unpause()]
 
     @event
     def stood_down(self) -> Actions:
@@ -315,7 +330,7 @@ class Primary:
         if self.over:
             return []
         self.state = PrimaryState.MOVED
-        self.stalled = False
+        self.stalled = self.outpaced = False
         return [Abandon(generation)]
 
     @event
@@ -340,158 +355,9 @@ class Primary:
         paused = self.stalled or self.handed
         self.state = PrimaryState.UNPROTECTED
         self.let_go = reason
-        self.stalled = self.handed = False
+        self.stalled = self.outpaced = self.handed = False
         return [LetGo(), Unpause()] if paused else [LetGo()]
 
     def _require(self, event: str, state: PrimaryState) -> None:
-        if self.state is not state:
-            raise EpochError(event, self.state, f"expected {state.name.lower()}")
-
-
-# ---- Standby ----------------------------------------------------------------------------------
-
-
-class StandbyState(enum.Enum):
-    """Life of a protection on the host that stands by."""
-
-    #: shell built, base copy arriving: nothing that could run
-    COPYING = enum.auto()
-    #: holds a complete epoch
-    READY = enum.auto()
-    #: claimed the guest, bringing it to life
-    TAKING_OVER = enum.auto()
-    #: over: the guest runs here
-    RUNNING = enum.auto()
-    #: over: holds nothing, will never run this generation
-    STOOD_DOWN = enum.auto()
-    #: claimed the guest, but it would not run; the shell is kept, paused
-    FAILED = enum.auto()
-
-
-class Standby:
-    """Decisions of the standby for one guest.
-
-    :ivar state: see :class:`StandbyState`
-    :ivar complete: last epoch held whole and verified (0: none)
-    :ivar acked: last epoch acknowledged
-    :ivar applied: last epoch written into the shell
-    :ivar planned: the takeover was asked for by the primary
-    """
-
-    def __init__(self) -> None:
-        self.state = StandbyState.COPYING
-        self.complete = self.acked = self.applied = 0
-        self.planned = False
-        self._promised = False
-        self._claimed = False
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more is to be received."""
-        return self.state not in (StandbyState.COPYING, StandbyState.READY)
-
-    def check_invariants(self) -> None:
-        """Raise AssertionError when one of the five is broken (see the module's text)."""
-        demand(self.acked == self.complete, "acknowledged what is not held whole")
-        demand(self.applied == self.complete, "an epoch is applied in part or not at all")
-        demand(not (self._promised and self._claimed), "took over after standing down")
-        demand(
-            self._claimed
-            == (
-                self.state in (StandbyState.TAKING_OVER, StandbyState.RUNNING, StandbyState.FAILED)
-            ),
-            "runs the guest without a claim",
-        )
-        demand(self.state is not StandbyState.COPYING or self.complete == 0, "ready, yet copying")
-
-    @event
-    def committed(self, epoch: int) -> Actions:
-        """All of epoch ``epoch`` is staged and verified."""
-        if self.over:
-            # Its ack would let output of a guest leave that this host has taken or given up.
-            return [Discard()]
-        if epoch != self.complete + 1:
-            raise EpochError("commit", self.state, f"epoch {epoch}, expected {self.complete + 1}")
-        self.state = StandbyState.READY
-        self.complete = self.acked = self.applied = epoch
-        return [Ack(epoch), Apply(epoch)]
-
-    @event
-    def link_closed(self) -> Actions:
-        """The primary's daemon closed the connection or died; its host lives.
-
-        A complete copy is kept: the host may still die before its daemon is back.
-        """
-        if self.state is StandbyState.COPYING:
-            return self._stand_down()
-        return [Discard()] if self.state is StandbyState.READY else []
-
-    @event
-    def primary_dead(self) -> Actions:
-        """Silence on every path for the heartbeat time-out."""
-        if self.state is StandbyState.COPYING:
-            return self._stand_down()
-        return self._take_over() if self.state is StandbyState.READY else []
-
-    @event
-    def link_dead(self) -> Actions:
-        """The replication link is silent, but the primary's host lives: another path beats."""
-        return [] if self.over else [*self._stand_down(), PromiseStoodDown()]
-
-    @event
-    def asked_to_stand_down(self) -> Actions:
-        """The primary, or an administrator, wants this generation to end here."""
-        match self.state:
-            case StandbyState.TAKING_OVER:
-                return []  # answered when it is known whether the guest runs
-            case StandbyState.RUNNING:
-                return [TellRunning()]
-            case StandbyState.STOOD_DOWN:
-                return [PromiseStoodDown()]
-            case StandbyState.FAILED:
-                self._claimed = False
-        return [*self._stand_down(), PromiseStoodDown()]
-
-    @event
-    def handed_over(self, epoch: int) -> Actions:
-        """The primary gave the guest to this host as of ``epoch``."""
-        if self.state is not StandbyState.READY:
-            return []
-        if epoch != self.complete:
-            raise EpochError("handover", self.state, f"epoch {epoch}, but {self.complete} is held")
-        self.planned = True
-        return self._take_over()
-
-    @event
-    def revived(self) -> Actions:
-        """The guest runs here."""
-        self._require("revived", StandbyState.TAKING_OVER)
-        self.state = StandbyState.RUNNING
-        return [TellRunning()]
-
-    @event
-    def revive_failed(self) -> Actions:
-        """The guest cannot run here; the shell still exists, paused.
-
-        After a planned handover the primary still has the guest, paused: it gets it back.
-        """
-        self._require("revive failed", StandbyState.TAKING_OVER)
-        if self.planned:
-            self._claimed = False
-            return [*self._stand_down(), PromiseStoodDown()]
-        self.state = StandbyState.FAILED
-        return []
-
-    def _take_over(self) -> Actions:
-        self.state = StandbyState.TAKING_OVER
-        self._claimed = True
-        return [Discard(), Revive(self.complete)]
-
-    def _stand_down(self) -> Actions:
-        self.state = StandbyState.STOOD_DOWN
-        self._promised = True
-        return [DestroyShell()]
-
-    def _require(self, event: str, state: StandbyState) -> None:
         if self.state is not state:
             raise EpochError(event, self.state, f"expected {state.name.lower()}")

@@ -14,6 +14,7 @@ from kemari.endings import PATIENCE
 from kemari.errors import PeerError, Refused
 from kemari.host import Host
 from kemari.ledger import Record, Role
+from kemari.pace import PACES
 from kemari.peers import OWNING, Peers
 from kemari.shared import RECORDED
 
@@ -83,8 +84,15 @@ def offered_options(untrusted: dict[str, Any]) -> Options:
     return Options(
         interval_ms=fields.integer("interval_ms", *INTERVAL_MS),
         interval_only=fields.flag("interval_only"),
+        pace=fields.choice("pace", PACES),
         compression=fields.choice("compression", COMPRESSIONS),
     )
+
+
+def recorded_options(record: Record) -> Options:
+    """Those with which a guest was protected: by a version, perhaps, that did not know each one."""
+    known = Options.__dataclass_fields__.keys() & record.options.keys()
+    return Options(**{key: record.options[key] for key in known})
 
 
 def primary_record(

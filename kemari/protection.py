@@ -274,8 +274,11 @@ class Protection:
         await in_thread(output.setup)
         reach("output-held")
         await self._disks.hold(route.host_id, self.uuid, self.generation)
-        pace = self.options.interval_ms / 1000
-        self._cycle = Cycle(self, source, output, encoder, sender, pace, self._disks)
+        options = self.options
+        interval = options.interval_ms / 1000
+        self._cycle = Cycle(
+            self, source, output, encoder, sender, interval, self._disks, options.pace
+        )
         self._cycle.listen()
         self.spawn(self._await_close(sender.link), "link")
         self.do(self.machine.begin())

@@ -77,7 +77,8 @@ def _figures(figures: dict[str, Any]) -> list[str]:
         f"  commit      {spread('commit_ms', 'ms')}",
         f"  pages       {spread('pages', '')}".rstrip(),
         f"  sent        {spread('wire_bytes', 'bytes')}",
-        f"  stalls      {figures['stalls']} ({figures['stalled_ms']:g} ms)",
+        f"  stalls      {figures['stalls']} ({figures['stalled_ms']:g} ms), "
+        f"{figures['late']} for a standby that it outpaced",
     ]
 
 

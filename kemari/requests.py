@@ -17,6 +17,7 @@ from kemari.disks import SourceDisks
 from kemari.errors import NoSuchProtection, Refused
 from kemari.ledger import Record, Role
 from kemari.leftovers import disk_folders
+from kemari.pace import PACES
 
 if TYPE_CHECKING:
     from kemari.daemon import Daemon
@@ -45,6 +46,13 @@ class Arguments:
         value = self._untrusted.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise Refused(f"{key} is {str(value)[:40]}; expected {low} to {high}")
+        return value
+
+    def choice(self, key: str, default: str, allowed: Sequence[str]) -> str:
+        """One of some words."""
+        value = self.text(key, default)
+        if value not in allowed:
+            raise Refused(f"{key} is {value!r}; expected {', '.join(allowed)}")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -127,13 +135,11 @@ class Requests:
     async def _start(self, arguments: Arguments, progress: Progress) -> Any:
         config = self._daemon.host.config
         domain = arguments.text("domain")
-        compression = arguments.text("compression", config.compression)
-        if compression not in COMPRESSIONS:
-            raise Refused(f"compression is {compression!r}; expected {', '.join(COMPRESSIONS)}")
         options = Options(
             interval_ms=arguments.number("interval_ms", config.interval_ms, *INTERVAL_MS),
             interval_only=arguments.flag("interval_only"),
-            compression=compression,
+            pace=arguments.choice("pace", config.pace, PACES),
+            compression=arguments.choice("compression", config.compression, COMPRESSIONS),
         )
         standby = config.resolve_peer(arguments.text("standby"))
         name = await self._daemon.name_of(domain)

@@ -31,7 +31,6 @@ from kemari.actions import (
     TellRunning,
 )
 from kemari.config import Address, Options
-from kemari.epoch import Standby, StandbyState
 from kemari.errors import KemariError
 from kemari.host import Host, host_is_alive
 from kemari.ledger import Record, Role
@@ -39,6 +38,7 @@ from kemari.liveness import REPLICATION, Verdict, Watch
 from kemari.ownership import offered_options, standby_record
 from kemari.peers import Peers, further_addresses
 from kemari.replicas import StandbyDisks
+from kemari.successor import Standby, StandbyState
 
 log = logging.getLogger(__name__)
 

@@ -62,6 +62,7 @@ class Reservoir:
 class Statistics:
     """What ``kemari status`` shows of a protection.
 
+    :ivar stalls: how often the guest had to wait, ``late`` of them for the ack of an epoch
     :ivar pause_ms: guest paused per checkpoint
     :ivar commit_ms: from the pause to the ack: how long output of that epoch waited at most
     :ivar pages: pages per checkpoint
@@ -77,6 +78,7 @@ class Statistics:
     not_quiescent: int = 0
     staging_grown: int = 0
     stalls: int = 0
+    late: int = 0
     stalled_ms: float = 0.0
     base_bytes: int = 0
     total_bytes: int = 0
@@ -99,6 +101,7 @@ class Statistics:
             "not_quiescent": self.not_quiescent,
             "staging_grown": self.staging_grown,
             "stalls": self.stalls,
+            "late": self.late,
             "stalled_ms": round(self.stalled_ms, 1),
             "base_bytes": self.base_bytes,
             "total_bytes": self.total_bytes,

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 
 from kemari import actions as act
-from kemari.epoch import LetGoReason, Primary, PrimaryState, Standby, StandbyState
+from kemari.epoch import LetGoReason, Primary, PrimaryState
+from kemari.successor import Standby, StandbyState
 
 
 class World:
@@ -99,6 +100,11 @@ class World:
         """The output buffer reaches its limit."""
         assert self.primary
         self._a(self.primary.buffer_full())
+
+    def be_late(self) -> None:
+        """The epoch in flight takes long."""
+        assert self.primary
+        self._a(self.primary.epoch_late())
 
     def deliver_to_b(self) -> None:
         """b receives the next message."""
@@ -384,6 +390,7 @@ STEPS: dict[str, Callable[[World], bool]] = {
     "fail_capture": lambda w: w.capture is not None,
     "retry": lambda w: w.retry_due and w.primary is not None,
     "fill_buffer": lambda w: bool(w.held) and w.primary is not None,
+    "be_late": lambda w: w.primary is not None,
     "deliver_to_b": lambda w: bool(w.to_b) and w.standby is not None,
     "deliver_to_a": lambda w: bool(w.to_a) and w.primary is not None,
     "revive": lambda w: w.revival > 0 and w.standby is not None,

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kemari.actions import EpochError
-from kemari.epoch import Primary, PrimaryState, Standby, StandbyState
+from kemari.actions import Actions, EpochError
+from kemari.epoch import Primary, PrimaryState
+from kemari.successor import Standby, StandbyState
 from tests.property.epoch_world import World, possible, settle, step
 
 #: A run in which everything works: two checkpoints by output, one by the timer.
@@ -58,6 +59,7 @@ FAULTS = (
     "fail_capture",
     "fail_revival",
     "fill_buffer",
+    "be_late",
     "stop",
     "hand_over",
 )
@@ -171,6 +173,43 @@ def test_a_full_buffer_stalls_the_guest_until_the_ack() -> None:
     assert primary.buffer_full() == []
     names = [type(action).__name__ for action in primary.acked_epoch(1)]
     assert names == ["Release", "Unpause", "ArmInterval", "Capture"]
+
+
+def in_flight() -> Primary:
+    """A primary whose first epoch is on its way."""
+    primary = Primary()
+    primary.begin()
+    primary.captured_epoch(1)
+    primary.sent_epoch(1)
+    return primary
+
+
+def names(actions: Actions) -> list[str]:
+    """What is to be done."""
+    return [type(action).__name__ for action in actions]
+
+
+def test_a_guest_that_outpaces_its_standby_waits_for_the_ack() -> None:
+    primary = in_flight()
+    assert names(primary.epoch_late()) == ["Pause"]
+    assert primary.epoch_late() == []
+    assert names(primary.acked_epoch(1)) == ["Release", "Unpause", "ArmInterval"]
+    assert primary.epoch_late() == []
+
+
+def test_a_guest_that_waits_for_a_standby_goes_on_without_it() -> None:
+    primary = in_flight()
+    primary.epoch_late()
+    assert names(primary.link_lost()) == ["Ask", "Unpause"]
+    assert primary.epoch_late() == []
+
+
+def test_a_guest_whose_buffer_fills_while_it_waits_stays_paused_for_that() -> None:
+    primary = in_flight()
+    primary.epoch_late()
+    assert primary.buffer_full() == []
+    assert names(primary.link_lost()) == ["Ask"]
+    assert names(primary.stood_down()) == ["LetGo", "Unpause"]
 
 
 def test_an_ack_that_comes_while_the_standby_is_asked_lets_nothing_go() -> None:

@@ -13,10 +13,11 @@ from checkpoint.memory import MemoryGuest, MemoryHypervisor
 from diskbuffer.replica import Replica
 from kemari.config import Config
 from kemari.daemon import Daemon
-from kemari.epoch import LetGoReason, StandbyState
+from kemari.epoch import LetGoReason
 from kemari.errors import KemariError
 from kemari.protection import Protection
 from kemari.stragglers import OWED
+from kemari.successor import StandbyState
 from tests.prove.administrator import JudgedHypervisor, judge_destruction
 from tests.prove.disks import HostDisk, bind
 from tests.prove.simulation import Process

@@ -9,6 +9,7 @@ from tests.prove.mutant import Edit, Mutant
 
 _CYCLE: Final = "kemari/cycle.py"
 _EPOCH: Final = "kemari/epoch.py"
+_SUCCESSOR: Final = "kemari/successor.py"
 _STANDBY: Final = "kemari/standby.py"
 _RECEIVER: Final = "checkpoint/receiver.py"
 _MEMORY: Final = "checkpoint/memory.py"
@@ -142,7 +143,7 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         "a standby that has taken over or stood down acknowledges nothing",
         (
             Edit(
-                _EPOCH,
+                _SUCCESSOR,
                 "            return [Discard()]\n        if epoch != self.complete + 1:",
                 "            return [Ack(epoch), Apply(epoch)]\n"
                 "        if epoch != self.complete + 1:",
@@ -199,7 +200,7 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         "a standby takes the epoch that is due and no other",
         (
             Edit(
-                _EPOCH,
+                _SUCCESSOR,
                 '        if epoch != self.complete + 1:\n            raise EpochError("commit"',
                 '        if epoch <= self.complete:\n            raise EpochError("commit"',
             ),

@@ -9,6 +9,7 @@ from tests.prove.mutant import Edit, Mutant
 
 _CYCLE: Final = "kemari/cycle.py"
 _EPOCH: Final = "kemari/epoch.py"
+_SUCCESSOR: Final = "kemari/successor.py"
 _STANDBY: Final = "kemari/standby.py"
 
 OWNER: Final[tuple[Mutant, ...]] = (
@@ -18,7 +19,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
         "the end of a connection is no sign of death",
         (
             Edit(
-                _EPOCH,
+                _SUCCESSOR,
                 "        return [Discard()] if self.state is StandbyState.READY else []\n",
                 "        return self._take_over() if self.state is StandbyState.READY else []\n",
             ),
@@ -92,7 +93,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
         "a standby that has stood down never takes over",
         (
             Edit(
-                _EPOCH,
+                _SUCCESSOR,
                 "        self.state = StandbyState.STOOD_DOWN\n        self._promised = True\n"
                 "        return [DestroyShell()]\n",
                 "        return []\n",
@@ -105,10 +106,23 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _EPOCH,
-                "        self.state = PrimaryState.ASKING\n        return [Ask()]\n",
-                "        return self._let_go(LetGoReason.FORCE)\n",
+                "        self.state = PrimaryState.ASKING\n        if not",
+                "        return self._let_go(LetGoReason.FORCE)\n        if not",
             ),
         ),
+    ),
+    Mutant(
+        "waits-for-a-lost-standby",
+        "a guest that has outpaced its standby goes on when that is lost",
+        (
+            Edit(
+                _EPOCH,
+                "        if not self.outpaced:\n            return [Ask()]\n"
+                "        self.stalled = self.outpaced = False\n        return [Ask(), Unpause()]\n",
+                "        self.outpaced = False\n        return [Ask()]\n",
+            ),
+        ),
+        ("tests/property/test_epoch.py",),
     ),
     Mutant(
         "policy-ignored",

@@ -35,6 +35,7 @@ def test_everything_is_read() -> None:
             heartbeat_ms = 500
             interval_ms = 200
             on_standby_loss = "hold"
+            pace = "throughput"
             compression = "zstd"
             reference_percent = 25
             buffer_limit = 1000000
@@ -55,6 +56,7 @@ def test_everything_is_read() -> None:
     assert config.resolve_peer("10.0.0.1:80") == (Address("10.0.0.1", 80),)
     assert config.heartbeat == 0.5
     assert config.reference_percent == 25
+    assert config.pace == "throughput"
     assert config.tls is not None
     assert config.tls.ca == Path("/a")
     assert config.paths.ledger == Path("/s/guests")
@@ -70,6 +72,7 @@ def test_everything_is_read() -> None:
         ('heartbeat_ms = "1"', "heartbeat_ms is a string; expected a whole number"),
         ('resume = "yes"', "resume is a string; expected true or false"),
         ('on_standby_loss = "pray"', "expected one of release, hold"),
+        ('pace = "fast"', "expected one of latency, adaptive, throughput"),
         ('compression = "gzip"', "expected one of none, lz4, zstd"),
         ('listen = "10.0.0.1"', "listen is a string; expected a list"),
         ("listen = []", "listen is empty"),

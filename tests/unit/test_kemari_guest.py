@@ -267,7 +267,28 @@ def test_full_buffer_stalls_the_guest_and_is_counted(tmp_path: Path) -> None:
             threading.Event().wait(0.001)
         await_true(lambda: len(pair.answers()) == 200, "all answers")
         pair.check_answers()
-        assert pair.a.status("web")["statistics"]["stalls"] > 0
+        figures = pair.a.status("web")["statistics"]
+        assert figures["stalls"] > figures["late"]
+
+
+def test_a_guest_that_outpaces_its_standby_waits_for_it_and_not_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kemari.cycle.LATE", 0.1)  # 0.2 s
+    with Pair(tmp_path, heartbeat_ms=2000, interval_ms=60_000, on_standby_loss="hold") as pair:
+        pair.protect()
+        pair.talk(3)
+        before = pair.a.status("web")["statistics"]["late"]
+        pair.fabric.delay = 0.15  # there, and back again
+        pair.talk(3)
+        figures = pair.a.status("web")["statistics"]
+        assert figures["late"] == figures["stalls"] >= before + 3
+        assert not pair.guest.paused
+        pair.guest.request(6)
+        await_true(lambda: pair.guest.paused, "the guest waits again")
+        pair.b.power_cut()
+        await_true(lambda: pair.a.state("web") == "holding", "output stays held")
+        assert not pair.guest.paused
 
 
 def test_a_guest_whose_output_stays_held_is_stalled_before_frames_are_lost(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_where_they_are_not_it_waits_up_to_as_long_as_the_last_took(
     assert pace.wait(7.010) == pytest.approx(wait - 0.010)
 
 
+@pytest.mark.parametrize(("first", "wait"), [("latency", 0.0), ("throughput", 0.030)])
+@pytest.mark.parametrize("stolen", [0.0, 0.9])
+def test_whoever_chose_what_comes_first_has_it_whatever_the_processors_do(
+    first: str, wait: float, stolen: float
+) -> None:
+    pace = Pace(first)
+    pace.ended(7.0, took=0.010, stolen=stolen)
+    assert pace.wait(7.0) == pytest.approx(wait)
+
+
 def test_a_deadline_comes_due_after_the_last_setting_and_not_once_cleared() -> None:
     simulation = Simulation(0)
     loop, due = Process(simulation, "a"), []

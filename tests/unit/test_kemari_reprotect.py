@@ -14,8 +14,8 @@ from checkpoint.memory import MemorySource
 from kemari import daemon
 from kemari.config import Options
 from kemari.errors import NoSuchProtection, Refused
-from kemari.ledger import Role
-from kemari.ownership import offered_options
+from kemari.ledger import Record, Role
+from kemari.ownership import offered_options, recorded_options
 from tests.unit.kemari_pair import Machine, Pair, await_true
 from tests.unit.patience import PATIENCE
 
@@ -53,7 +53,7 @@ def recorded(machine: Machine) -> dict[str, Any]:
 
 def test_power_cuts_to_and_fro_need_no_administrator(tmp_path: Path) -> None:
     with Pair(tmp_path, reprotect=True) as pair:
-        pair.protect(interval_ms=70, compression="zstd")
+        pair.protect(interval_ms=70, pace="throughput", compression="zstd")
         primary, standby = pair.a, pair.b
         for _ in range(3):
             pair.talk(5)
@@ -64,6 +64,7 @@ def test_power_cuts_to_and_fro_need_no_administrator(tmp_path: Path) -> None:
             assert status["options"] == {
                 "interval_ms": 70,
                 "interval_only": False,
+                "pace": "throughput",
                 "compression": "zstd",
             }
             primary, standby = standby, primary
@@ -214,11 +215,26 @@ def test_a_start_that_finds_it_under_way_hears_that_it_failed(
         assert recorded(pair.b)["resume"] is False
 
 
-GOOD = {"interval_ms": 50, "interval_only": False, "compression": "lz4", "disks": []}
+GOOD = {
+    "interval_ms": 50,
+    "interval_only": False,
+    "pace": "latency",
+    "compression": "lz4",
+    "disks": [],
+}
 
 
 def test_the_primarys_options_are_taken_over() -> None:
-    assert offered_options(GOOD) == Options(interval_ms=50)
+    assert offered_options(GOOD) == Options(interval_ms=50, pace="latency")
+
+
+def test_options_that_a_version_before_did_not_know_are_the_usual_ones(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect(interval_ms=70, pace="throughput")
+        record = recorded(pair.a)
+        del record["pace"]
+        known = Record("u", "web", Role.PRIMARY, 1, options=record)
+    assert recorded_options(known) == Options(interval_ms=70)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +245,8 @@ def test_the_primarys_options_are_taken_over() -> None:
         ("interval_ms", None),
         ("interval_only", 1),
         ("interval_only", "no"),
+        ("pace", "fast"),
+        ("pace", None),
         ("compression", "brotli"),
         ("compression", None),
     ],

@@ -50,7 +50,7 @@ def test_a_broken_rule_is_caught_and_a_harmless_change_survives() -> None:
         caught,
         name="harmless",
         edits=(
-            Edit("kemari/epoch.py", '"""The epoch state machines:', '"""Epoch state machines:'),
+            Edit("kemari/epoch.py", '"""The epoch state machine of', '"""Epoch state machine of'),
         ),
         tests=(),
     )
