@@ -31,6 +31,7 @@ from kemari.host import in_thread
 from kemari.output import Output
 from kemari.pace import Pace
 from kemari.statistics import Statistics
+from kemari.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,6 @@ RETRY_LIMIT: Final = 0.1
 #: which protection is given up: the guest's output must not be held for ever.
 CAPTURE_LIMIT: Final = 10.0
 ACK_LIMIT: Final = 20.0
-#: Share of the standby's heartbeat time after which the guest waits for the epoch in flight: what
-#: it can change until then bounds the next one.
-LATE: Final = 0.5
 #: Nanoseconds between two looks whether the guest has shut down: its domain may stay, by
 #: ``on_crash = "preserve"`` or the like, and can be captured on and on.
 ALIVE_PAUSE: Final = 1_000_000_000
@@ -131,6 +129,8 @@ class Cycle:
         self._interval_timer = Deadline(self._on_interval)
         self._ack_timer = Deadline(self._on_ack_limit)
         self._late_timer = Deadline(self._on_late)
+        self._throttle = Throttle(sender.link.peer.heartbeat)
+        self._sent_at = 0.0
         self._restless_since = 0.0
         self._listening = False
         self._closed = self._left = False
@@ -396,7 +396,8 @@ class Cycle:
         """Send the captured epoch; its ack is the next event."""
         self._keeper.do(self._keeper.machine.sent_epoch(number))
         self._ack_timer.set(ACK_LIMIT)
-        self._late_timer.set(self._sender.link.peer.heartbeat * LATE)
+        self._sent_at = self._loop.time()
+        self._late_timer.set(self._throttle.patience)
         self._at_rest.clear()
         pending = self._disks.pending()
         try:
@@ -452,6 +453,7 @@ class Cycle:
         commit_ms = (time.monotonic_ns() - self._begun_ns) / 1e6
         self._ack_timer.clear()
         self._late_timer.clear()
+        self._throttle.acked(self._loop.time() - self._sent_at)
         self._at_rest.set()
         if commit_ms < self._sender.link.peer.heartbeat * 1000:
             self._trusted_ns = self._captured_boot_ns

@@ -10,8 +10,8 @@ from collections.abc import Callable
 class Deadline:
     """A timer that is set and cleared far more often than it comes due.
 
-    The event loop is asked for a wake-up only when none is under way: setting and clearing cost
-    next to nothing.
+    The event loop is asked for a wake-up only when none is under way that comes early enough:
+    setting and clearing cost next to nothing.
     """
 
     def __init__(self, due: Callable[[], None]) -> None:
@@ -21,8 +21,11 @@ class Deadline:
         self._handle: asyncio.TimerHandle | None = None
 
     def set(self, delay: float) -> None:
-        """Come due after ``delay`` seconds, the same ones each time, instead of when set before."""
+        """Come due after ``delay`` seconds, instead of when set before."""
         self._at = self._loop.time() + delay
+        if self._handle is not None and self._handle.when() > self._at:
+            self._handle.cancel()
+            self._handle = None
         if self._handle is None:
             self._handle = self._loop.call_at(self._at, self._wake)
 

@@ -265,6 +265,7 @@ class Primary:
         if not under_way or self.stalled or self.handed:
             return []
         self.stalled = self.outpaced = True
+        self._trigger = True  # what it has changed meanwhile is the next epoch, and no more
         return [Pause()]
 
     def _next(self) -> Actions:

@@ -193,7 +193,7 @@ def test_a_guest_that_outpaces_its_standby_waits_for_the_ack() -> None:
     primary = in_flight()
     assert names(primary.epoch_late()) == ["Pause"]
     assert primary.epoch_late() == []
-    assert names(primary.acked_epoch(1)) == ["Release", "Unpause", "ArmInterval"]
+    assert names(primary.acked_epoch(1)) == ["Release", "Unpause", "ArmInterval", "Capture"]
     assert primary.epoch_late() == []
 
 

@@ -274,7 +274,7 @@ def test_full_buffer_stalls_the_guest_and_is_counted(tmp_path: Path) -> None:
 def test_a_guest_that_outpaces_its_standby_waits_for_it_and_not_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kemari.cycle.LATE", 0.1)  # 0.2 s
+    monkeypatch.setattr("kemari.throttle.LATE", 0.1)  # 0.2 s
     with Pair(tmp_path, heartbeat_ms=2000, interval_ms=60_000, on_standby_loss="hold") as pair:
         pair.protect()
         pair.talk(3)

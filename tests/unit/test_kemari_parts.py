@@ -24,6 +24,7 @@ from kemari.journal import Journal
 from kemari.notify import notify, watchdog_interval
 from kemari.pace import Pace
 from kemari.statistics import Reservoir, Statistics
+from kemari.throttle import Throttle
 from tests.prove.simulation import Process, Simulation
 
 # ---- Event log ----
@@ -96,6 +97,36 @@ def test_whoever_chose_what_comes_first_has_it_whatever_the_processors_do(
     assert pace.wait(7.0) == pytest.approx(wait)
 
 
+# ---- How long a guest may go on while an epoch is in flight ----
+
+
+def test_a_guest_whose_epochs_are_acknowledged_in_time_may_go_on_for_half_a_heartbeat() -> None:
+    throttle = Throttle(1.0)
+    for took in (0.001, 0.4, 0.5):
+        throttle.acked(took)
+        assert throttle.patience == 0.5
+
+
+def test_a_guest_that_outpaces_its_link_is_slowed_until_epochs_take_no_longer_than_that() -> None:
+    throttle, took = Throttle(1.0), 0.0
+    for _ in range(20):
+        took = throttle.patience * 9  # of what it changes in a second, a ninth can be sent
+        throttle.acked(took)
+    assert took == pytest.approx(0.5)
+    for _ in range(4):
+        throttle.acked(0.001)  # the link is fast again
+    assert throttle.patience == 0.5
+
+
+def test_one_epoch_that_was_slow_for_another_reason_costs_little() -> None:
+    throttle = Throttle(1.0)
+    throttle.acked(30.0)
+    assert throttle.patience == 0.125
+    for _ in range(20):
+        throttle.acked(30.0)
+    assert throttle.patience == 0.01, "it goes on, whatever the link does"
+
+
 def test_a_deadline_comes_due_after_the_last_setting_and_not_once_cleared() -> None:
     simulation = Simulation(0)
     loop, due = Process(simulation, "a"), []
@@ -109,12 +140,14 @@ def test_a_deadline_comes_due_after_the_last_setting_and_not_once_cleared() -> N
     loop.call_later(0.5, lambda: deadlines[0].set(1.0))
     loop.call_later(2.0, lambda: deadlines[0].set(1.0))
     loop.call_later(2.5, lambda: deadlines[0].clear())
-    loop.call_later(4.0, lambda: deadlines[0].set(1.0))
-    loop.call_later(4.5, lambda: deadlines[0].close())
+    loop.call_later(3.0, lambda: deadlines[0].set(1.0))
+    loop.call_later(3.1, lambda: deadlines[0].set(0.2))
+    loop.call_later(4.5, lambda: deadlines[0].set(1.0))
+    loop.call_later(5.0, lambda: deadlines[0].close())
     began = simulation.now
     simulation.run(lambda: False, 10.0)
     simulation.end()
-    assert [when - began for when in due] == [1.5]
+    assert [when - began for when in due] == pytest.approx([1.5, 3.3])
 
 
 # ---- Figures ----
