@@ -53,10 +53,13 @@ def same(pair: DiskPair) -> bool:
     return one == other
 
 
-def test_the_first_copy_of_a_disk_can_be_watched(pair: DiskPair) -> None:
+def test_the_first_copy_of_a_disk_can_be_watched(folder: Path) -> None:
     told: list[dict[str, Any]] = []
-    socket = pair.a.config.paths.socket
-    request(socket, "start", {"domain": "web", "standby": "b"}, told.append)
+    pair = DiskPair(folder, disk_rate=16 * MIB, heartbeat_ms=2000)
+    pair.sides["a"].serve()
+    with pair:
+        socket = pair.a.config.paths.socket
+        request(socket, "start", {"domain": "web", "standby": "b"}, told.append)
     of_disks = [figures["disks"][0] for figures in told if figures["round"] == 0]
     assert all(disk["vdev"] == "xvda" and disk["total"] == SIZE for disk in of_disks)
     left = [disk["left"] for disk in of_disks]
