@@ -453,7 +453,7 @@ class Cycle:
         commit_ms = (time.monotonic_ns() - self._begun_ns) / 1e6
         self._ack_timer.clear()
         self._late_timer.clear()
-        self._throttle.acked(self._loop.time() - self._sent_at)
+        self._throttle.acked(self._loop.time() - self._sent_at, sent.wire_bytes)
         self._at_rest.set()
         if commit_ms < self._sender.link.peer.heartbeat * 1000:
             self._trusted_ns = self._captured_boot_ns

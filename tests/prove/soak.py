@@ -109,6 +109,7 @@ class Soak:
     """One run.
 
     :ivar failures: what did not hold, or went wrong, beside the rows' violations
+    :ivar wanted: power cuts; :meth:`enough` makes it fewer
     """
 
     def __init__(self, lab: Lab, options: argparse.Namespace) -> None:
@@ -120,6 +121,12 @@ class Soak:
         self._lab = lab
         self._options = options
         self._cuts: list[Cut] = []
+        self.wanted = options.cuts
+
+    def enough(self) -> None:
+        """Cut no more after the one that is under way, and judge what there is."""
+        self.wanted = min(self.wanted, len(self.rows) + 1)
+        say(f"no more cuts after number {self.wanted}")
 
     def run(self) -> None:
         """Do it; what is known afterwards is in the attributes and in the file of results.
@@ -135,8 +142,8 @@ class Soak:
             with step("first protection"):
                 kemari(self._lab, primary, "start", GUEST, standby)
             protected = time.monotonic()
-            for number in range(1, self._options.cuts + 1):
-                row = Row(number, f"{primary} to {standby}")
+            while len(self.rows) < self.wanted:
+                row = Row(len(self.rows) + 1, f"{primary} to {standby}")
                 try:
                     protected = self._cut(row, loads, primary, standby, protected)
                 finally:
@@ -210,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         help="greatest one between two requests of the other clients (%(default)s)")  # fmt: skip
     add("--memory-kib", type=int, default=256, metavar="KIB",
         help="of memory written each second (%(default)s)")  # fmt: skip
-    add("--memory-mib", type=int, default=8, metavar="MIB", help="of that area (%(default)s)")
+    add("--memory-mib", type=int, default=4, metavar="MIB", help="of that area (%(default)s)")
     add("--table", type=Path, metavar="FILE", help="only show the rows in a file of results")
     return parser
 
@@ -232,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     lab = Lab(options.state)
     soak = Soak(lab, options)
+    signal.signal(signal.SIGUSR1, lambda *_: soak.enough())
     guest = GuestOptions(disk_mib=options.disk)
     try:
         with stage.ready(lab, Options(options.suite, guest=guest), soak.out, keep=options.keep):
@@ -247,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{table}")
     for failure in [*(each for row in soak.rows for each in row.violations), *soak.failures]:
         say(f"soak: {failure}")
-    values = soak_report.result(soak.rows, options.cuts, soak.failures, soak.figures)
+    values = soak_report.result(soak.rows, soak.wanted, soak.failures, soak.figures)
     if values["result"] != "survived":
         say(f"where to look: {soak.out} and the hosts' consoles, {lab.state}/host-*/console.log")
     print(json.dumps(values), flush=True)

@@ -275,6 +275,7 @@ def test_a_guest_that_outpaces_its_standby_waits_for_it_and_not_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kemari.throttle.LATE", 0.1)  # 0.2 s
+    monkeypatch.setattr("kemari.throttle.SMALL", 0)
     with Pair(tmp_path, heartbeat_ms=2000, interval_ms=60_000, on_standby_loss="hold") as pair:
         pair.protect()
         pair.talk(3)
@@ -283,7 +284,6 @@ def test_a_guest_that_outpaces_its_standby_waits_for_it_and_not_without_it(
         pair.talk(3)
         figures = pair.a.status("web")["statistics"]
         assert figures["late"] == figures["stalls"] >= before + 3
-        assert not pair.guest.paused
         pair.guest.request(6)
         await_true(lambda: pair.guest.paused, "the guest waits again")
         pair.b.power_cut()

@@ -100,10 +100,13 @@ def test_whoever_chose_what_comes_first_has_it_whatever_the_processors_do(
 # ---- How long a guest may go on while an epoch is in flight ----
 
 
+LARGE = 1 << 20
+
+
 def test_a_guest_whose_epochs_are_acknowledged_in_time_may_go_on_for_half_a_heartbeat() -> None:
     throttle = Throttle(1.0)
     for took in (0.001, 0.4, 0.5):
-        throttle.acked(took)
+        throttle.acked(took, LARGE)
         assert throttle.patience == 0.5
 
 
@@ -111,20 +114,33 @@ def test_a_guest_that_outpaces_its_link_is_slowed_until_epochs_take_no_longer_th
     throttle, took = Throttle(1.0), 0.0
     for _ in range(20):
         took = throttle.patience * 9  # of what it changes in a second, a ninth can be sent
-        throttle.acked(took)
+        throttle.acked(took, LARGE)
     assert took == pytest.approx(0.5)
     for _ in range(4):
-        throttle.acked(0.001)  # the link is fast again
+        throttle.acked(0.001, LARGE)  # the link is fast again
     assert throttle.patience == 0.5
 
 
 def test_one_epoch_that_was_slow_for_another_reason_costs_little() -> None:
     throttle = Throttle(1.0)
-    throttle.acked(30.0)
+    throttle.acked(30.0, LARGE)
     assert throttle.patience == 0.125
     for _ in range(20):
-        throttle.acked(30.0)
+        throttle.acked(30.0, LARGE)
     assert throttle.patience == 0.01, "it goes on, whatever the link does"
+
+
+def test_a_long_way_to_the_standby_is_no_reason_to_wait() -> None:
+    throttle = Throttle(0.2)
+    for _ in range(20):
+        throttle.acked(0.15, 1000)
+        assert throttle.patience == pytest.approx(0.25)
+    throttle.acked(0.25, LARGE)
+    assert throttle.patience == pytest.approx(0.25), "the way, and as long as its size may take"
+    throttle.acked(0.5, LARGE)
+    assert throttle.patience == pytest.approx(0.2)
+    throttle.acked(0.010, 1000)
+    assert throttle.patience <= 0.11, "the way is short again"
 
 
 def test_a_deadline_comes_due_after_the_last_setting_and_not_once_cleared() -> None:
