@@ -297,6 +297,7 @@ class Daemon:
             await asyncio.sleep(delay)
             protection: Protection | None = None
             try:
+                await self._reach(standby)
                 protection = await self.protect(guest, standby, options)
                 protection.by_itself = True
                 await protection.establish()
@@ -308,11 +309,20 @@ class Daemon:
                         guest, "unprotected", f"{guest} is still UNPROTECTED: {said}"
                     )
             unwanted = protection is not None and protection.stopped
-            if self._closing or unwanted or guest in self._trying:
+            if self._closing or unwanted or self._trying.get(guest, task) is not task:
                 return  # or somebody else sees to it
             self.again[guest], self._trying[guest] = record, task
             delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT)
         self._forget_again(guest)
+
+    async def _reach(self, standby: tuple[Address, ...]) -> None:
+        """Look whether the standby is there, before the guest has to be looked at: that costs it
+        time, and may be in vain for days.
+
+        :raise CheckpointError: it is not
+        """
+        link, _ = await self.host.connect_any(standby, "liveness")
+        await link.close()
 
     def _asked_for(self, name: str) -> Record | None:
         """The record of a guest of that name whose owner is asked for just now."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from checkpoint.errors import ProtocolError
-from checkpoint.memory import MemorySource
+from checkpoint.errors import CheckpointError, ProtocolError
+from checkpoint.memory import MemoryHypervisor, MemorySource
 from kemari import daemon
 from kemari.config import Options
 from kemari.errors import NoSuchProtection, Refused
@@ -71,18 +71,29 @@ def test_power_cuts_to_and_fro_need_no_administrator(tmp_path: Path) -> None:
         pair.check_answers()
 
 
-def test_attempts_in_vain_are_no_protection(tmp_path: Path) -> None:
+def test_attempts_in_vain_are_no_protection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise CheckpointError("no room on a")
+
     with Pair(tmp_path, reprotect=True) as pair:
         pair.protect()
         pair.talk(3)
         pair.a.power_cut()
         await_owner(pair.b)
+        monkeypatch.setattr(MemoryHypervisor, "create_shell", no_room)
+        pair.a.power_on()
 
-        def trying() -> bool:
+        def tried() -> bool:
             known = pair.b.daemon.protections.get("web") if pair.b.daemon else None
             return known is not None and known.only_tried
 
-        await_true(trying, "b tries to protect it")
+        await_true(tried, "b tries to protect it")
+        await_true(
+            lambda: any("no room on a" in each["text"] for each in pair.b.request("log")),
+            "a has said why not",
+        )
         status = pair.b.status("web")
         assert (status["role"], status["state"], status["came_from"]) == (
             "owner",
@@ -222,6 +233,23 @@ GOOD = {
     "compression": "lz4",
     "disks": [],
 }
+
+
+def test_a_guest_is_left_alone_while_its_standby_is_not_there(tmp_path: Path) -> None:
+    reached: list[str] = []
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        pair.b.hypervisor.reached = reached.append
+        pair.a.power_cut()
+        await_true(
+            lambda: any("still UNPROTECTED" in each["text"] for each in pair.b.request("log")),
+            "b has tried",
+        )
+        pair.talk(3)
+        assert "open_source" not in reached
+        pair.a.power_on()
+        await_protected(pair.b, "a")
+        assert "open_source" in reached
 
 
 def test_the_primarys_options_are_taken_over() -> None:
