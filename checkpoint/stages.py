@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the stages of an epoch take, for whoever looks for the slow one.  Cheap: one tuple an
-epoch, and sums only when somebody asks.
+"""How long the stages of an epoch take, and the steps of a takeover: to find the slow one.
+
+Cheap: one tuple an epoch, and sums only when somebody asks.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Final
 
@@ -40,6 +42,32 @@ class Stages:
             name: {"p50": _milliseconds(column, 0.5), "p99": _milliseconds(column, 0.99)}
             for name, *column in zip(self.names, *rows, strict=True)
         }
+
+
+class Laps:
+    """Durations of the steps of something that happens once."""
+
+    __slots__ = ("_began", "_laps", "_last")
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic_ns()
+        self._laps: list[str] = []
+
+    def lap(self, name: str) -> None:
+        """The step of that name is over."""
+        now = time.monotonic_ns()
+        self._laps.append(f"{name} {(now - self._last) // 10**6}")
+        self._last = now
+
+    @property
+    def elapsed_ns(self) -> int:
+        """Nanoseconds since the first step began."""
+        return time.monotonic_ns() - self._began
+
+    def __str__(self) -> str:
+        """All of it, and each step: milliseconds."""
+        whole = (self._last - self._began) // 10**6
+        return f"{whole} ms ({', '.join(self._laps)})"
 
 
 def _milliseconds(durations: list[int], share: float) -> float:

@@ -22,6 +22,7 @@ from checkpoint.faultpoints import reach
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
 from checkpoint.receiver import Committed, Receiver, StaleGeneration
+from checkpoint.stages import Laps
 from kemari.actions import (
     Actions,
     DestroyShell,
@@ -407,7 +408,7 @@ class StandbySession:
         silence = time.monotonic() - max(
             [self._peers.heard(self._link), *self._peers.evidence(self.primary_id).values()]
         )
-        started = time.monotonic()
+        laps = Laps()
         try:
             if committed.epoch not in (number, number - 1):
                 raise ReviveError(f"epoch {number} is complete, but {committed.epoch} is applied")
@@ -417,8 +418,10 @@ class StandbySession:
             else:
                 # A full disk must not cost the guest; see docs/failure-model.md.
                 await _attempt(self, "record the claim", self._claim(Role.CLAIMED))
+            laps.lap("claim")
             reach("claimed")
             await self._disks.take_over(committed.epoch, self.generation + 1)
+            laps.lap("disks")
             elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
             await asyncio.to_thread(shell.revive, committed.state, elapsed)
         except Exception as error:
@@ -427,7 +430,8 @@ class StandbySession:
             self.why = f"{self.guest} could not be brought to life: {error}"
             self.note("failed", self.why)
             return self.machine.revive_failed()
-        revived = time.monotonic() - started
+        revived = laps.elapsed_ns
+        laps.lap("revive")
         reach("revived")
         actions = self.machine.revived()
         host.spawn(self._announce(shell), f"{self.guest}: announce")
@@ -441,9 +445,11 @@ class StandbySession:
             f"{self.generation + 1}: {self.why}; it is UNPROTECTED now",
             generation=self.generation + 1,
             epoch=committed.epoch,
-            revive_ms=round(revived * 1000, 1),
+            revive_ms=round(revived / 1e6, 1),
             silence_ms=round(silence * 1000, 1),
         )
+        laps.lap("record")
+        log.info("%s: taken over in %s", self.guest, laps)
         self.over.set()
         return actions
 

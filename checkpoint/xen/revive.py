@@ -24,6 +24,7 @@ from checkpoint.guest.events import event_pages, settle_fifo
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.memory import RamView
 from checkpoint.guest.xenstore import read_watches
+from checkpoint.stages import Laps
 from checkpoint.xen import rings, stub
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import (
@@ -83,7 +84,7 @@ def revive(
     :param elapsed_ns: time since the capture of that epoch
     :raise ReviveError: it cannot run; the domain is paused
     """
-    begun = time.monotonic_ns()
+    laps = Laps()
     layout = LinuxLayout.from_json(description.detail["layout"])
     ram = RamView(memory)
     context = Context(state.context)
@@ -103,8 +104,9 @@ def revive(
     infos = {cpu.vcpu: ram.read(cpu.vcpu_info, _VCPU_INFO_SIZE) for cpu in layout.cpus}
 
     def elapsed() -> int:
-        return elapsed_ns + time.monotonic_ns() - begun
+        return elapsed_ns + laps.elapsed_ns
 
+    laps.lap("read")
     reach("revive-stub")
     with _mapped(domain, store_page_gfn) as page:
         _run_stub(domain, context, memory, calls, WatchRequests(page, watches), reserved)
@@ -112,6 +114,7 @@ def revive(
     with _mapped(domain, console_page_gfn) as page:
         page[:] = state.pages[console_page_gfn]
 
+    laps.lap("stub")
     reach("revive-memory")
     _place_frames(domain, layout, state, memory)
     _shift(domain, layout, ram, (infos[0], context.vcpu(0).tsc), elapsed)
@@ -123,14 +126,18 @@ def revive(
             context.request_interrupt(cpu.vcpu, vector)
     domain.set_param(HVM_PARAM_CALLBACK_IRQ, state.params[HVM_PARAM_CALLBACK_IRQ])
     _advance_tsc(context, elapsed() * description.detail["tsc"][1] // 10**6)
+    laps.lap("memory")
     reach("revive-vcpus")
     domain.set_context(context.to_bytes())
+    laps.lap("vcpus")
     reach("revive-backends")
     _attach_backends(domain.domid, state.store)
     _mark_revived(domain.domid)
+    laps.lap("backends")
     reach("revive-unpause")
     domain.unpause()
-    log.info("guest %s runs after %d ms", description.name, (time.monotonic_ns() - begun) // 10**6)
+    laps.lap("unpause")
+    log.info("guest %s runs after %s", description.name, laps)
 
 
 def check_state(domain: Domain, description: Description, state: MachineState) -> set[int]:

@@ -7,14 +7,17 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkpoint.stages import Laps
 from diskbuffer import durable
 from kemari.control import MAX_REQUEST, ControlServer, Progress, request
 from kemari.deadline import Deadline
@@ -383,3 +386,14 @@ def test_the_identity_of_a_host_is_synced_before_it_is_used(
     (tmp_path / "host-id").write_text("\0" * 37)
     with pytest.raises(KemariError, match="does not hold a UUID"):
         load_host_id(tmp_path / "host-id")
+
+
+def test_the_steps_of_a_takeover_are_told_with_their_times() -> None:
+    laps = Laps()
+    time.sleep(0.02)
+    laps.lap("stub")
+    laps.lap("backends")
+    told = re.fullmatch(r"(\d+) ms \(stub (\d+), backends (\d+)\)", str(laps))
+    assert told
+    whole, stub, backends = map(int, told.groups())
+    assert 20 <= stub <= stub + backends <= whole <= laps.elapsed_ns / 1e6
