@@ -14,7 +14,7 @@ from vagrant.lablib.command import check_programs, run
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.image import HERE, Base, LayerFile, guest_initramfs
 from vagrant.lablib.initramfs import Entry, Modules, program
-from vagrant.lablib.network import GUEST_IPV4, Network
+from vagrant.lablib.network import GUEST_IPV4, MAX_GUESTS, Network, guest_mac
 from vagrant.lablib.recipe import GUEST_MODULES
 
 NAME = "demo"
@@ -37,6 +37,7 @@ DEMO = ("-pthread", str(HERE / "guest" / "io.c"))
 class GuestOptions:
     """What the guest is like.
 
+    :ivar number: which of several guests it is; only the first, 0, may have disks
     :ivar vcpus: number of virtual CPUs
     :ivar memory_mib: its memory
     :ivar extra: its kernel's command line
@@ -48,6 +49,7 @@ class GuestOptions:
         ``boot/vmlinuz-VERSION`` and ``lib/modules/VERSION`` as a Debian kernel package does
     """
 
+    number: int = 0
     vcpus: int = 1
     memory_mib: int = 128
     extra: str = EXTRA
@@ -56,6 +58,23 @@ class GuestOptions:
     scratch_mib: int = 0
     benchmark: bool = False
     storage: str = ""
+
+    @property
+    def name(self) -> str:
+        """What xl calls it."""
+        return f"{NAME}{self.number or ''}"
+
+    @property
+    def config_path(self) -> str:
+        """Its configuration in a host, below ``/``."""
+        return f"root/guest{self.number or ''}.cfg"
+
+    def check(self) -> None:
+        """:raises LabError: there cannot be such a guest"""
+        if not 0 <= self.number < MAX_GUESTS:
+            raise LabError(f"No guest {self.number} in a lab; expected 0 to {MAX_GUESTS - 1}.")
+        if self.number and (self.disk_mib or self.scratch_mib):
+            raise LabError(f"The guest {self.name} cannot have disks; expected the first, {NAME}.")
 
 
 def compile_program(name: str, *more: str) -> bytes:
@@ -78,7 +97,9 @@ def config(options: GuestOptions, kernel: str) -> str:
     :param kernel: path of its kernel in Dom0
     """
     text = (HERE / "guest" / "guest.cfg").read_text()
-    text = text.replace("@KERNEL@", kernel).replace("@EXTRA@", options.extra)
+    extra = options.extra + (f" number={options.number}" if options.number else "")
+    text = text.replace("@NAME@", options.name).replace("@MAC@", guest_mac(options.number))
+    text = text.replace("@KERNEL@", kernel).replace("@EXTRA@", extra)
     text = text.replace("@MEMORY@", str(options.memory_mib)).replace("@VCPUS@", str(options.vcpus))
     target = f"shared:{options.storage}" if options.storage else DATA
     disks = []
@@ -123,7 +144,7 @@ def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
         user_space += programs.entries(base.disk)
     initramfs = guest_initramfs(base.busybox, modules, user_space)
     files[f"{FOLDER}/initramfs"] = LayerFile(initramfs)
-    files["root/guest.cfg"] = LayerFile(config(options, kernel).encode(), stat.S_IFREG | 0o644)
+    files[options.config_path] = LayerFile(config(options, kernel).encode(), stat.S_IFREG | 0o644)
     return files
 
 

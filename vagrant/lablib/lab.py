@@ -28,7 +28,7 @@ from vagrant.lablib.image import (
     tar_of,
     write_disk,
 )
-from vagrant.lablib.network import HOSTS, LINKS, Network
+from vagrant.lablib.network import HOSTS, LINKS, Network, guest_addresses
 from vagrant.lablib.project import project_layer
 from vagrant.lablib.recipe import NEEDED, recipe_for
 from vagrant.lablib.ssh import Result, Ssh
@@ -313,17 +313,18 @@ class Lab:
         """Create the guest on a host and wait until its service answers.
 
         :param options: other than those the lab was brought up with
-        :raises LabError: it could not be created, or did not answer
+        :raises LabError: it is impossible, could not be created, or did not answer
         """
+        wanted = options or self.options.guest
+        wanted.check()
         if options is not None:
             self.write(name, guest_layer(self._base(), options))
-        wanted = options or self.options.guest
         self._make_disks(name, wanted)
-        self.ssh(name, "xl create /root/guest.cfg")
+        self.ssh(name, f"xl create /{wanted.config_path}")
         try:
-            wait_for_service(self.network)
+            wait_for_service(self.network, address=guest_addresses(wanted.number)[0])
         except LabError as error:
-            shown = self.ssh(name, f"xl list; tail -n 30 /var/log/xen/xl-{guests.NAME}*.log")
+            shown = self.ssh(name, f"xl list; tail -n 30 /var/log/xen/xl-{wanted.name}*.log")
             raise LabError(str(error), shown.stdout) from None
 
     def _make_disks(self, name: str, options: GuestOptions) -> None:

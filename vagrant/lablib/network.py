@@ -24,9 +24,21 @@ LAN_ADDRESS = {"a": "10.77.0.1", "b": "10.77.0.2"}
 MANAGEMENT_ADDRESS = {"a": "10.79.0.1", "b": "10.79.0.2"}
 GUEST_IPV4 = "10.77.0.10"
 GUEST_IPV6 = "fd77::10"
+#: Guests that a lab may have at once.
+MAX_GUESTS = 10
 
 HOLD = "echo ready; exec >&-; exec sleep infinity"
 TUN = Path("/dev/net/tun")
+
+
+def guest_addresses(number: int) -> tuple[str, str]:
+    """(IPv4, IPv6) addresses of a guest, numbered from 0 to :data:`MAX_GUESTS` - 1."""
+    return GUEST_IPV4.removesuffix("0") + str(number), GUEST_IPV6.removesuffix("0") + str(number)
+
+
+def guest_mac(number: int) -> str:
+    """MAC address of a guest, numbered likewise."""
+    return f"00:16:3e:77:00:1{number}"
 
 
 def tap(host: str, link: str) -> str:
