@@ -34,7 +34,8 @@ from kemari.successor import StandbyState
 
 log = logging.getLogger(__name__)
 
-#: Seconds before a protection that was lost is tried again, doubled up to the limit.
+#: Seconds before a protection that was lost is tried again; doubled, up to the limit, each time
+#: that the standby was there and yet it did not come about.
 AGAIN: Final = 5.0
 AGAIN_LIMIT: Final = 60.0
 
@@ -312,7 +313,8 @@ class Daemon:
             if self._closing or unwanted or self._trying.get(guest, task) is not task:
                 return  # or somebody else sees to it
             self.again[guest], self._trying[guest] = record, task
-            delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT)
+            # To look costs next to nothing; to open the guest in vain costs it time.
+            delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT) if protection else AGAIN
         self._forget_again(guest)
 
     async def _reach(self, standby: tuple[Address, ...]) -> None:

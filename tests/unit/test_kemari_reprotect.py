@@ -252,6 +252,28 @@ def test_a_guest_is_left_alone_while_its_standby_is_not_there(tmp_path: Path) ->
         assert "open_source" in reached
 
 
+def test_a_standby_that_was_away_for_long_is_found_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "AGAIN_LIMIT", 1000.0)
+    looked = 0
+    reach = daemon.Daemon._reach
+
+    async def counted(self: daemon.Daemon, standby: Any) -> None:
+        nonlocal looked
+        looked += 1
+        await reach(self, standby)
+
+    monkeypatch.setattr(daemon.Daemon, "_reach", counted)
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        pair.b.kill()
+        # If it doubled its pause each time it would now wait for minutes.
+        await_true(lambda: looked > 14, "a has looked for b many times")
+        pair.b.start()
+        await_protected(pair.a, "b")
+
+
 def test_the_primarys_options_are_taken_over() -> None:
     assert offered_options(GOOD) == Options(interval_ms=50, pace="latency")
 
