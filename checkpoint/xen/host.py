@@ -22,9 +22,9 @@ from checkpoint.xen.control import (
     Domain,
 )
 from checkpoint.xen.dirty import DirtyLog, left_behind, switch_off
+from checkpoint.xen.frontends import revived_node
 from checkpoint.xen.libs import libraries
 from checkpoint.xen.mapping import MMIO_HOLE, Mapping, PresentRam, end_of_ram, map_ram
-from checkpoint.xen.revive import revived_node
 from checkpoint.xen.source import XenSource
 from checkpoint.xen.store import Store
 from checkpoint.xen.versions import RELEASES
@@ -160,6 +160,7 @@ class XenHost:
             name = _name(store, domid)
             nics = _nics(store, domid)
             disks = _disks(store, domid)
+            nodes = store.tree(f"/local/domain/{domid}")
         finally:
             store.close()
         _check_devices(name, config)
@@ -169,6 +170,8 @@ class XenHost:
             {"devid": nic.devid, "mac": nic.mac, "bridge": nic.bridge} for nic in nics
         ]
         detail["disks"] = [asdict(disk) for disk in disks]
+        # What is the same when the guest fails over need not be written then.
+        detail["store"] = nodes
         description = Description(
             name=name,
             uuid=str(config["c_info"]["uuid"]),

@@ -35,9 +35,9 @@ from checkpoint.xen.control import (
     XENMAPSPACE_SHARED_INFO,
     Domain,
 )
+from checkpoint.xen.frontends import Frontends
 from checkpoint.xen.mapping import GrantFrames, Mapping
 from checkpoint.xen.state import MachineState
-from checkpoint.xen.store import Store
 from checkpoint.xen.watches import WatchRequests
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 #: guest frames that the stub borrows: low RAM that every PVH guest has
 _STUB_GFN = 0x20
 #: seconds
-_STUB_BOUND, _STORE_BOUND, _BACKEND_BOUND = 10.0, 10.0, 10.0
+_STUB_BOUND, _STORE_BOUND = 10.0, 10.0
 #: calls of one run of the stub; there is room for one more, to notify xenstored
 _ROUND = stub.MOST_CALLS - 1
 #: how long to wait for the first event of a watch that was answered, seconds
@@ -63,24 +63,19 @@ _VCPU_INFO_SIZE = 64
 _TIME = struct.Struct("<IIQQIbB")
 _TIME_AT = 32
 
-_CONNECTED = "4"
-#: nodes of a frontend directory that belong to the toolstack of this host
-_TOOLSTACK_NODES = {
-    "backend", "backend-id", "state", "handle", "mac", "trusted", "script",
-    "virtual-device", "device-type",
-}  # fmt: skip
-
 
 def revive(
     domain: Domain,
     description: Description,
     state: MachineState,
     memory: memoryview,
+    frontends: Frontends,
     elapsed_ns: int,
 ) -> None:
     """Run ``domain`` from ``memory`` and ``state``.
 
     :param memory: its RAM, holding the whole last epoch
+    :param frontends: its devices, as far as they are known
     :param elapsed_ns: time since the capture of that epoch
     :raise ReviveError: it cannot run; the domain is paused
     """
@@ -131,11 +126,10 @@ def revive(
     domain.set_context(context.to_bytes())
     laps.lap("vcpus")
     reach("revive-backends")
-    _attach_backends(domain.domid, state.store)
-    _mark_revived(domain.domid)
-    laps.lap("backends")
-    reach("revive-unpause")
-    domain.unpause()
+    with frontends.attached(state.store):
+        laps.lap("backends")
+        reach("revive-unpause")
+        domain.unpause()
     laps.lap("unpause")
     log.info("guest %s runs after %s", description.name, laps)
 
@@ -356,58 +350,3 @@ def _shift(
     log.info(
         "the guest's clock moves from %d to %d ms of system time", continued // 10**6, here // 10**6
     )
-
-
-def revived_node(domid: int) -> str:
-    """The xenstore node that tells a living guest from a shell; only Dom0 can write it."""
-    return f"/local/domain/{domid}/kemari"
-
-
-def _mark_revived(domid: int) -> None:
-    store = Store()
-    try:
-        store.write(revived_node(domid), "revived")
-    finally:
-        store.close()
-
-
-def _attach_backends(domid: int, tree: dict[str, str]) -> None:
-    """Tell every backend to attach to the rings that the guest goes on using.
-
-    netback and blkback take the ring's own response index as their start (BACK_RING_ATTACH in
-    ``xen/include/public/io/ring.h``), so that unanswered requests are taken up again.
-    """
-    base = f"/local/domain/{domid}"
-    store = Store()
-    try:
-        frontends = sorted(
-            {
-                "/".join(path.split("/")[:3])
-                for path in tree
-                if path.startswith(("device/vif/", "device/vbd/"))
-            }
-        )
-        for path, value in tree.items():
-            parts = path.split("/")
-            if parts[0] in ("control", "data", "attr", "feature") or (
-                parts[0] == "device"
-                and parts[1:2] in (["vif"], ["vbd"])
-                and len(parts) > 3
-                and parts[3] not in _TOOLSTACK_NODES
-            ):
-                store.write(f"{base}/{path}", value)
-        for frontend in frontends:
-            if tree.get(f"{frontend}/state") != _CONNECTED:
-                continue
-            store.write(f"{base}/{frontend}/state", _CONNECTED)
-        for frontend in frontends:
-            if tree.get(f"{frontend}/state") != _CONNECTED:
-                continue
-            backend = store.read(f"{base}/{frontend}/backend")
-            found = store.wait(f"{backend}/state", lambda v: v == _CONNECTED, _BACKEND_BOUND)
-            if found != _CONNECTED:
-                raise ReviveError(
-                    f"backend {backend} is in state {found} (expected {_CONNECTED}, connected)"
-                )
-    finally:
-        store.close()

@@ -13,6 +13,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.xen import control, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CONSOLE_EVTCHN, HVM_PARAM_STORE_EVTCHN, Domain
+from checkpoint.xen.frontends import Frontends
 from checkpoint.xen.mapping import MMIO_HOLE, Mapping, map_ram
 from checkpoint.xen.revive import check_state, revive
 from checkpoint.xen.state import MachineState
@@ -31,11 +32,14 @@ _OVERHEAD_PAGES, _OVERHEAD_SHARE = 2048, 64
 class XenShell:
     """Implements :class:`checkpoint.driver.Shell` on Xen."""
 
-    def __init__(self, description: Description, domain: Domain, nics: list[Nic]) -> None:
+    def __init__(
+        self, description: Description, domain: Domain, nics: list[Nic], frontends: Frontends
+    ) -> None:
         self.nics = nics
         self.disks = [Disk(**disk) for disk in description.detail["disks"]]
         self._description = description
         self._domain = domain
+        self._frontends = frontends
         self._gone = False
         self._ram = map_ram(domain.domid, description.pages, writable=True)
         missing = set(self._ram.holes).difference(description.detail["holes"], MMIO_HOLE)
@@ -61,6 +65,7 @@ class XenShell:
             self._description,
             MachineState.from_bytes(state),
             self.memory,
+            self._frontends,
             elapsed_ns,
         )
 
@@ -123,7 +128,9 @@ def create(description: Description) -> XenShell:
     try:
         _check_ports(domain, detail["ports"])
         _write_static(description.domid, static)
-        return XenShell(description, domain, nics)
+        frontends = Frontends(description.domid)
+        frontends.describe(detail.get("store", {}))
+        return XenShell(description, domain, nics, frontends)
     except BaseException:
         toolstack.destroy(description.domid)
         raise

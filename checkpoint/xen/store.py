@@ -48,6 +48,14 @@ class Store:
         except PyXSError as exc:
             raise CheckpointError(f"xenstore node {path} cannot be written: {exc}") from exc
 
+    def remove(self, path: str) -> None:
+        """Remove the node at ``path`` and all below it; there need not be one."""
+        try:
+            self._client.delete(path.encode())
+        except PyXSError as exc:
+            if not (exc.args and exc.args[0] == errno.ENOENT):
+                raise CheckpointError(f"xenstore node {path} cannot be removed: {exc}") from exc
+
     def children(self, path: str) -> list[str]:
         """Names of the nodes below ``path``; none when it does not exist."""
         try:
@@ -85,6 +93,9 @@ class Store:
 
         :param timeout: seconds
         """
+        value = self.read(path)
+        if satisfied(value):
+            return value  # a watch would cost several questions more
         monitor = self._client.monitor()
         token = f"kemari-wait-{path}"
         monitor.watch(path.encode(), token.encode())

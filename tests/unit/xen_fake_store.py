@@ -44,6 +44,18 @@ class FakeStore:
         self.written.append(path.removeprefix(self._base))
         self.set(path.removeprefix(self._base), value)
 
+    def remove(self, path: str) -> None:
+        """As ``Store.remove``."""
+        assert path.startswith(self._base)
+        gone = path.removeprefix(self._base)
+        for node in [node for node in self.nodes if f"{node}/".startswith(f"{gone}/")]:
+            del self.nodes[node]
+
+    def tree(self, path: str) -> dict[str, str]:
+        """As ``Store.tree``."""
+        assert f"{path}/" == self._base
+        return dict(self.nodes)
+
     def children(self, path: str) -> list[str]:
         """As ``Store.children``."""
         prefix = path.removeprefix(self._base) + "/"

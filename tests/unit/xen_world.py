@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from checkpoint.driver import PAGE_SIZE, Description
-from checkpoint.xen import control, dirty, host, mapping, moment, revive, source, toolstack
+from checkpoint.xen import control, dirty, frontends, host, mapping, moment, source, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.host import XenHost
 from checkpoint.xen.shell import XenShell
@@ -50,7 +50,7 @@ class World:
         }
         for module in (dirty, mapping, moment, control, host):
             monkeypatch.setattr(module, "libraries", lambda: self.xen)
-        for module in (source, host, revive):
+        for module in (source, host, frontends):
             monkeypatch.setattr(module, "Store", lambda: self.store.connect())
         monkeypatch.setattr(control, "lowlevel_xc", lambda: self.xen)
         monkeypatch.setattr(toolstack, "configuration", lambda _domid: self.config)
