@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from vagrant.lablib import programs
+from vagrant.lablib import guest, programs
 from vagrant.lablib.command import extend_path, run
 from vagrant.lablib.errors import LabError
-from vagrant.lablib.guest import EXTRA, GuestOptions, config
+from vagrant.lablib.guest import EXTRA, GuestOptions, Installed, config
 from vagrant.lablib.image import (
     HERE,
     Base,
@@ -31,6 +31,7 @@ from vagrant.lablib.image import (
     write_disk,
 )
 from vagrant.lablib.initramfs import Entry, Modules, archive, folder, insmod_lines, program
+from vagrant.lablib.network import GUEST_IPV4, GUEST_IPV6, guest_addresses
 from vagrant.lablib.project import SOURCES, build_wheel, source_digest
 from vagrant.lablib.recipe import RECIPES, recipe_for
 from vagrant.lablib.wheel import lay_out
@@ -310,6 +311,56 @@ def test_libraries_of_a_program() -> None:
     ]
     with pytest.raises(LabError, match=r"library liblua5.1.so.0 .* is missing"):
         programs.libraries("\tliblua5.1.so.0 => not found\n")
+
+
+def test_several_guests_differ_in_name_and_addresses() -> None:
+    first, fourth = GuestOptions(), GuestOptions(number=3)
+    assert (first.name, first.config_path) == ("demo", "root/guest.cfg")
+    assert (fourth.name, fourth.config_path) == ("demo3", "root/guest3.cfg")
+    assert guest_addresses(0) == (GUEST_IPV4, GUEST_IPV6)
+    assert guest_addresses(3) == ("10.77.0.13", "fd77::13")
+    text = config(fourth, "/boot/vmlinuz")
+    assert 'name = "demo3"' in text
+    assert "mac=00:16:3e:77:00:13" in text
+    assert f'extra = "{EXTRA} number=3"' in text
+    assert "number=" not in config(first, "/boot/vmlinuz")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (GuestOptions(number=10), "No guest 10 in a lab; expected 0 to 9"),
+        (GuestOptions(number=-1), "No guest -1"),
+        (GuestOptions(number=1, disk_mib=64), "demo1 cannot have disks"),
+    ],
+)
+def test_a_guest_that_cannot_be(options: GuestOptions, reason: str) -> None:
+    with pytest.raises(LabError, match=reason):
+        options.check()
+
+
+def test_a_guest_of_this_machines_newest_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LabError, match="holds no kernel's modules"):
+        Installed(tmp_path)
+    monkeypatch.setattr(guest, "GUEST_MODULES", ("low",))
+    for age, version in ((10, "6.2"), (0, "6.10")):
+        folder = tmp_path / version
+        folder.mkdir()
+        (folder / "low.ko").write_text(version)
+        (folder / "modules.dep").write_text("low.ko:\n")
+        (folder / "modules.builtin").write_text("")
+        os.utime(folder / "modules.dep", (1000 - age, 1000 - age))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LabError, match="no busybox"):
+        Installed(tmp_path)
+    busybox = tmp_path / "busybox"
+    busybox.write_bytes(b"ELF")
+    busybox.chmod(0o755)
+    found = Installed(tmp_path)
+    assert (found.kernel_version, found.busybox) == ("6.10", b"ELF")
+    assert [entry.data for entry in found.guest_modules] == [b"6.10"]
 
 
 def test_a_guest_has_disks_only_if_it_was_asked_for_one() -> None:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vagrant.lablib import programs
 from vagrant.lablib.command import check_programs, run
 from vagrant.lablib.errors import LabError
-from vagrant.lablib.image import HERE, Base, LayerFile, guest_initramfs
+from vagrant.lablib.image import HERE, LayerFile, guest_initramfs
 from vagrant.lablib.initramfs import Entry, Modules, program
 from vagrant.lablib.network import GUEST_IPV4, MAX_GUESTS, Network, guest_mac
 from vagrant.lablib.recipe import GUEST_MODULES
@@ -77,6 +80,54 @@ class GuestOptions:
             raise LabError(f"The guest {self.name} cannot have disks; expected the first, {NAME}.")
 
 
+class Dom0(Protocol):
+    """Where the guest's kernel and user space come from."""
+
+    @property
+    def kernel_version(self) -> str:
+        """Its kernel, ``/boot/vmlinuz-VERSION``."""
+        ...
+
+    @property
+    def guest_modules(self) -> list[Entry]:
+        """That kernel's drivers for a guest, in loading order."""
+        ...
+
+    @property
+    def busybox(self) -> bytes:
+        """A statically linked busybox."""
+        ...
+
+    @property
+    def disk(self) -> Path:
+        """An image of its root file system."""
+        ...
+
+
+class Installed:
+    """This machine's own system as a :class:`Dom0`.
+
+    :param tree: where the modules of its kernels are
+    :raises LabError: it has no kernel with modules, or no busybox
+    """
+
+    def __init__(self, tree: Path = Path("/lib/modules")) -> None:
+        folders = sorted(tree.glob("*/modules.dep"), key=os.path.getmtime)
+        if not folders:
+            raise LabError(f"{tree} holds no kernel's modules; expected those of Debian's kernel.")
+        self.kernel_version = folders[-1].parent.name
+        self.guest_modules = Modules(folders[-1].parent).entries(GUEST_MODULES)
+        busybox = shutil.which("busybox")
+        if busybox is None:
+            raise LabError("There is no busybox; expected Debian's busybox-static.")
+        self.busybox = Path(busybox).read_bytes()
+
+    @property
+    def disk(self) -> Path:
+        """:raises LabError: always, for a running system is no image"""
+        raise LabError("A guest with the benchmark's programs needs the lab; see docs/lab.md.")
+
+
 def compile_program(name: str, *more: str) -> bytes:
     """Compile one of the guest's programs; linked statically, it needs nothing else in the guest.
 
@@ -123,7 +174,7 @@ def _foreign_kernel(folder: Path) -> tuple[bytes, list[Entry]]:
     return kernels[0].read_bytes(), Modules(tree).entries(GUEST_MODULES)
 
 
-def guest_layer(base: Base, options: GuestOptions) -> dict[str, LayerFile]:
+def guest_layer(base: Dom0, options: GuestOptions) -> dict[str, LayerFile]:
     """The guest's files in a host.
 
     :raises LabError: the kernel asked for is not there, or the service cannot be compiled
