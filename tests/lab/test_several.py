@@ -22,7 +22,7 @@ from vagrant.lablib.network import HOSTS, guest_addresses
 SOME = 10
 #: Between two requests on each connection, of which every guest has two.
 INTERVAL_MS = 400
-MEMORY_MIB = 64
+MEMORY_MIB = 96
 
 
 class Several:
