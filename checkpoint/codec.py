@@ -32,6 +32,8 @@ MAX_BATCH_PAGES = 2040
 """So many raw pages, with their heads, just fit a PAGES frame."""
 
 BATCH_PAGES = 256
+#: Pages by which a reference grows between two looks at whether it may.
+LOOK_EVERY = 1024
 """Pages in a batch unless told otherwise: 1 MiB stays in a core's cache between the loops."""
 
 _MAP_NORESERVE = 0x4000  # mmap(2); the module has no name for it
@@ -120,6 +122,8 @@ class Encoder:
     :param whole: frames that the standby's backends may write too; never sent as a delta
     :param reference_pages: pages that the reference may hold, by default all; once a batch is
         encoded, and by at most a batch more until then
+    :param spare: asked now and then as the reference grows: pages by which it may grow further,
+        negative if it is to shrink; by default as many as it likes
     :ivar held: pages that it holds
     :raise ValueError: unknown compression, a frame outside of the guest, or a reference of nothing
     """
@@ -132,6 +136,7 @@ class Encoder:
         level: int = 1,
         whole: Iterable[int] = (),
         reference_pages: int | None = None,
+        spare: Callable[[], int] | None = None,
     ) -> None:
         self.pages = pages
         self.held = 0
@@ -139,6 +144,7 @@ class Encoder:
         self._compress = _compressor(compression, level)
         self._flags = COMPRESSIONS.index(compression)
         self._room = pages if reference_pages is None else reference_pages
+        self._most, self._spare, self._grown = self._room, spare, 0
         if self._room < 1:
             raise ValueError(f"a reference of {self._room} pages, expected at least 1")
         self._memory = sparse(pages * PAGE_SIZE)
@@ -182,6 +188,10 @@ class Encoder:
             figures.delta += delta
             figures.raw += raw
             self.held += held
+            self._grown += held
+            if self._spare is not None and self._grown >= LOOK_EVERY:
+                self._grown = 0
+                self._room = max(1, min(self._most, self.held + self._spare()))
             if self.held > self._room:
                 self._forget(self.held - self._room)
             if used:

@@ -30,6 +30,7 @@ from kemari.disks import SourceDisks
 from kemari.endings import STOP_PATIENCE, Ending
 from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
+from kemari.headroom import Headroom
 from kemari.host import Host, first_of, in_thread
 from kemari.ledger import Record, Role
 from kemari.output import Output
@@ -104,8 +105,18 @@ class Protection:
             sender = await self._prepare(source)
             pages, percent = source.description.pages, self._host.config.reference_percent
             room, compression = max(1, pages * percent // 100), self.options.compression
-            self._encoder = Encoder(pages, compression=compression, reference_pages=room)
+            headroom = Headroom()
+            self._encoder = Encoder(
+                pages, compression=compression, reference_pages=room, spare=headroom.pages
+            )
             await self._copy(source, self._encoder, sender)
+            if headroom.short:
+                self.note(
+                    "trouble",
+                    f"Dom0 has no memory left for a whole copy of {self.guest}'s: it holds "
+                    f"{self._encoder.held >> 8} MiB, and the rest goes over the link whole when it "
+                    "changes; expected a larger Dom0 or a smaller reference_percent",
+                )
             await self._begin(source, self._encoder, sender)
         except asyncio.CancelledError:
             why = self.stopped or "kemarid stops"
