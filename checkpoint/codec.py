@@ -32,9 +32,10 @@ MAX_BATCH_PAGES = 2040
 """So many raw pages, with their heads, just fit a PAGES frame."""
 
 BATCH_PAGES = 256
-#: Pages by which a reference grows between two looks at whether it may.
-LOOK_EVERY = 1024
 """Pages in a batch unless told otherwise: 1 MiB stays in a core's cache between the loops."""
+
+LOOK_EVERY = 1024
+"""Pages by which a reference grows between two looks at whether it may."""
 
 _MAP_NORESERVE = 0x4000  # mmap(2); the module has no name for it
 
@@ -143,10 +144,12 @@ class Encoder:
         self.figures = Figures()
         self._compress = _compressor(compression, level)
         self._flags = COMPRESSIONS.index(compression)
-        self._room = pages if reference_pages is None else reference_pages
-        self._most, self._spare, self._grown = self._room, spare, 0
-        if self._room < 1:
-            raise ValueError(f"a reference of {self._room} pages, expected at least 1")
+        self._most = pages if reference_pages is None else reference_pages
+        if self._most < 1:
+            raise ValueError(f"a reference of {self._most} pages, expected at least 1")
+        self._room = self._most
+        self._spare = spare
+        self._grown = 0
         self._memory = sparse(pages * PAGE_SIZE)
         self._reference = memoryview(self._memory)
         self._have = bytearray(pages)

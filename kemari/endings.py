@@ -203,13 +203,7 @@ class Ending:
 
     async def attempt_here(self, what: str, work: Awaitable[Any]) -> bool:
         """As :meth:`attempt`, in the event loop."""
-        try:
-            await work
-        except Exception as error:
-            log.debug("%s: %s", self._name, what, exc_info=error)
-            self.note("trouble", f"{self._name}: could not {what}: {error}")
-            return False
-        return True
+        return await self._host.journal.attempt(self._name, what, work)
 
     def note(self, event: str, text: str, **figures: Any) -> None:
         """Put a sentence into the event log."""

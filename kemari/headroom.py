@@ -16,17 +16,20 @@ MEMINFO: Final = Path("/proc/meminfo")
 #: Bytes that are left to Dom0 at least, and the share of its memory.
 RESERVE: Final = 64 << 20
 RESERVE_SHARE: Final = 16
-_LINE: Final = re.compile(r"^(MemTotal|MemAvailable): +(\d+) kB$", re.MULTILINE)
+_LINES: Final = {"MemTotal", "MemAvailable"}
+_LINE: Final = re.compile(rf"^({'|'.join(_LINES)}): +(\d+) kB$", re.MULTILINE)
 
 
 class Headroom:
     """How much more a reference may take; asked by an encoder as its reference grows.
 
+    :param guest: whose reference it is, for the log
     :param meminfo: the kernel's account (proc(5))
     :ivar short: there was not enough once
     """
 
-    def __init__(self, meminfo: Path = MEMINFO) -> None:
+    def __init__(self, guest: str, meminfo: Path = MEMINFO) -> None:
+        self._guest = guest
         self._meminfo = meminfo
         self.short = False
 
@@ -38,11 +41,20 @@ class Headroom:
         try:
             text = self._meminfo.read_text()
         except OSError as error:
-            log.warning("how much memory Dom0 has left cannot be read: %s", error)
-            self.short = True
-            return 0
+            return self._none(f"{self._meminfo} cannot be read: {error.strerror}")
         found = {name: int(kib) << 10 for name, kib in _LINE.findall(text)}
+        if len(found) < len(_LINES):
+            return self._none(f"{self._meminfo} lacks {' or '.join(_LINES - found.keys())}")
         reserve = max(RESERVE, found["MemTotal"] // RESERVE_SHARE)
         spare = (found["MemAvailable"] - reserve) // PAGE_SIZE
-        self.short |= spare <= 0
+        if spare <= 0:
+            self._none(f"{found['MemAvailable'] >> 20} MiB are left to Dom0")
         return spare
+
+    def _none(self, why: str) -> int:
+        if not self.short:
+            log.warning(
+                "%s: the copy of what the standby has grows no further: %s", self._guest, why
+            )
+        self.short = True
+        return 0

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -57,6 +57,19 @@ class Journal:
             log.error("the event log %s cannot be written: %s", self._path, error.strerror)
         for listener in list(self._listeners):
             listener(entry)
+
+    async def attempt(self, guest: str, what: str, work: Awaitable[Any]) -> bool:
+        """One step of several: when it fails, say so, that the others are taken all the same.
+
+        :return: whether it was done
+        """
+        try:
+            await work
+        except Exception as error:
+            log.debug("%s: %s", guest, what, exc_info=error)
+            self.note(guest, "trouble", f"{guest}: could not {what}: {error}")
+            return False
+        return True
 
     def _append(self, line: str) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ class Protection:
             sender = await self._prepare(source)
             pages, percent = source.description.pages, self._host.config.reference_percent
             room, compression = max(1, pages * percent // 100), self.options.compression
-            headroom = Headroom()
+            headroom = Headroom(self.guest)
             self._encoder = Encoder(
                 pages, compression=compression, reference_pages=room, spare=headroom.pages
             )

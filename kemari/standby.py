@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standby side of one protection: shell, epochs, takeover.
+"""The standby side of one protection: shell, epochs, and what follows from silence.
 
 :class:`StandbySession` carries out what :class:`kemari.Standby` decides.  The engine's
 :class:`checkpoint.session.Receiver` stages, verifies, acknowledges and applies; it asks this side
@@ -17,12 +17,11 @@ from collections.abc import Awaitable
 from typing import Any, Final, Protocol
 
 from checkpoint.driver import Description, Shell
-from checkpoint.errors import CheckpointError, ReviveError
+from checkpoint.errors import CheckpointError
 from checkpoint.faultpoints import reach
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
 from checkpoint.receiver import Committed, Receiver, StaleGeneration
-from checkpoint.stages import Laps
 from kemari.actions import (
     Actions,
     DestroyShell,
@@ -40,6 +39,7 @@ from kemari.ownership import offered_options, standby_record
 from kemari.peers import Peers, further_addresses
 from kemari.replicas import StandbyDisks
 from kemari.successor import Standby, StandbyState
+from kemari.takeover import Legacy, Takeover
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +193,9 @@ class StandbySession:
     def note(self, event: str, text: str, **figures: Any) -> None:
         """Put a sentence about this guest into the event log."""
         self._host.journal.note(self.guest, event, text, **figures)
+
+    async def _attempt(self, what: str, work: Awaitable[Any]) -> None:
+        await self._host.journal.attempt(self.guest, what, work)
 
     # ---- Section: what the receiver calls (checkpoint.session.Standby) ----
 
@@ -401,76 +404,34 @@ class StandbySession:
         return done
 
     async def _revive(self, number: int) -> Actions:
-        host, shell = self._host, self._shell
         committed = self._receiver.committed
-        assert shell is not None
+        assert self._shell is not None
         assert committed is not None
         silence = time.monotonic() - max(
             [self._peers.heard(self._link), *self._peers.evidence(self.primary_id).values()]
         )
-        laps = Laps()
+        legacy = Legacy(
+            self.uuid,
+            self.guest,
+            self.generation + 1,
+            self.primary,
+            self.why,
+            self.machine.planned,
+        )
+        takeover = Takeover(self._host, legacy, self._shell, self._disks)
         try:
-            if committed.epoch not in (number, number - 1):
-                raise ReviveError(f"epoch {number} is complete, but {committed.epoch} is applied")
-            reach("claim")
-            if self.machine.planned:
-                await self._claim(Role.CLAIMED)
-            else:
-                # A full disk must not cost the guest; see docs/failure-model.md.
-                await _attempt(self, "record the claim", self._claim(Role.CLAIMED))
-            laps.lap("claim")
-            reach("claimed")
-            await self._disks.take_over(committed.epoch, self.generation + 1)
-            laps.lap("disks")
-            elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
-            await asyncio.to_thread(shell.revive, committed.state, elapsed)
+            await takeover.revive(number, committed)
         except Exception as error:
             log.debug("%s: revive failed", self.guest, exc_info=error)
             self._revive_error = error
             self.why = f"{self.guest} could not be brought to life: {error}"
             self.note("failed", self.why)
             return self.machine.revive_failed()
-        revived = laps.elapsed_ns
-        laps.lap("revive")
         reach("revived")
         actions = self.machine.revived()
-        host.spawn(self._announce(shell), f"{self.guest}: announce")
-        # First of all: a daemon that is killed before this takes the guest for a shell.
-        await _attempt(self, "record the takeover", self._claim(Role.OWNER))
-        reach("takeover-recorded")
-        await _attempt(self, "name the guest", asyncio.to_thread(shell.settle))
-        self.note(
-            "takeover",
-            f"{host.config.host} runs {self.guest} from epoch {committed.epoch} since generation "
-            f"{self.generation + 1}: {self.why}; it is UNPROTECTED now",
-            generation=self.generation + 1,
-            epoch=committed.epoch,
-            revive_ms=round(revived / 1e6, 1),
-            silence_ms=round(silence * 1000, 1),
-        )
-        laps.lap("record")
-        log.info("%s: taken over in %s", self.guest, laps)
+        await takeover.settle(committed.epoch, silence)
         self.over.set()
         return actions
-
-    async def _claim(self, role: Role) -> None:
-        update = functools.partial(
-            self._host.ledger.update,
-            self.uuid,
-            role=role,
-            generation=self.generation + 1,
-            came_from=self.primary,
-            reason=self.why,
-        )
-        await asyncio.to_thread(update)
-
-    async def _announce(self, shell: Shell) -> None:
-        reach("announce")
-        try:
-            await self._host.network.announce(shell.nics)
-            reach("announced")
-        except Exception as error:  # noqa: BLE001 - the guest runs; its first frame announces it too
-            self.note("trouble", f"the addresses of {self.guest} could not be announced: {error}")
 
     async def _record_end(self) -> None:
         record = self._host.ledger.get(self.uuid)
@@ -478,21 +439,13 @@ class StandbySession:
             update = functools.partial(
                 self._host.ledger.update, self.uuid, role=Role.RELEASED, reason=self.why
             )
-            await _attempt(self, "record the end", asyncio.to_thread(update))
+            await self._attempt("record the end", asyncio.to_thread(update))
 
     async def _remove_shell(self) -> None:
         if self._shell is not None:
-            await _attempt(self, "remove the shell", asyncio.to_thread(self._shell.destroy))
+            await self._attempt("remove the shell", asyncio.to_thread(self._shell.destroy))
             reach("shell-removed")
             self.note("stood-down", f"no longer stands by for {self.guest}: {self.why}")
         # What is sealed still goes to the targets: the next session must not begin before.
-        await _attempt(self, "close the disks", self._disks.close())
+        await self._attempt("close the disks", self._disks.close())
         self.over.set()
-
-
-async def _attempt(session: StandbySession, what: str, work: Awaitable[Any]) -> None:
-    try:
-        await work
-    except Exception as error:
-        log.debug("%s: %s", session.guest, what, exc_info=error)
-        session.note("trouble", f"{session.guest}: could not {what}: {error}")

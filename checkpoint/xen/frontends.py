@@ -34,6 +34,7 @@ class Frontends:
     """
 
     def __init__(self, domid: int) -> None:
+        self._domid = domid
         self._base = f"/local/domain/{domid}"
         self._written: dict[str, str] = {}
 
@@ -79,7 +80,7 @@ class Frontends:
                     raise ReviveError(
                         f"backend {backend} is in state {found} (expected {_CONNECTED}, connected)"
                     )
-            store.write(f"{self._base}/{_REVIVED}", "revived")
+            store.write(revived_node(self._domid), "revived")
             yield
         finally:
             store.close()
@@ -95,13 +96,9 @@ class Frontends:
                 self._written[path] = value
 
 
-#: Below a domain's folder.
-_REVIVED: Final = "kemari"
-
-
 def revived_node(domid: int) -> str:
     """The xenstore node that tells a living guest from a shell; only Dom0 can write it."""
-    return f"/local/domain/{domid}/{_REVIVED}"
+    return f"/local/domain/{domid}/kemari"
 
 
 def _node(path: str) -> list[str]:

@@ -10,7 +10,7 @@ from tests.prove.mutant import Edit, Mutant
 _CYCLE: Final = "kemari/cycle.py"
 _EPOCH: Final = "kemari/epoch.py"
 _SUCCESSOR: Final = "kemari/successor.py"
-_STANDBY: Final = "kemari/standby.py"
+_TAKEOVER: Final = "kemari/takeover.py"
 _RECEIVER: Final = "checkpoint/receiver.py"
 _MEMORY: Final = "checkpoint/memory.py"
 
@@ -212,9 +212,9 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         "the guest's clocks go on by the time since the capture",
         (
             Edit(
-                _STANDBY,
-                "            elapsed = int((time.monotonic() - committed.captured_at) * 1e9)\n",
-                "            elapsed = 0\n",
+                _TAKEOVER,
+                "        elapsed = int((time.monotonic() - committed.captured_at) * 1e9)\n",
+                "        elapsed = 0\n",
             ),
         ),
         ("tests/unit/test_kemari_guest.py",),

@@ -11,6 +11,7 @@ _CYCLE: Final = "kemari/cycle.py"
 _EPOCH: Final = "kemari/epoch.py"
 _SUCCESSOR: Final = "kemari/successor.py"
 _STANDBY: Final = "kemari/standby.py"
+_TAKEOVER: Final = "kemari/takeover.py"
 
 OWNER: Final[tuple[Mutant, ...]] = (
     # ---- Invariant 4: one owner ----
@@ -43,7 +44,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
         "a takeover is on disk",
         (
             Edit(
-                _STANDBY,
+                _TAKEOVER,
                 "        await asyncio.to_thread(update)\n\n    async def _announce",
                 "        update.args\n\n    async def _announce",
             ),

@@ -15,6 +15,7 @@ _DURABLE: Final = "diskbuffer/durable.py"
 _BACKING: Final = "diskbuffer/backing.py"
 _SERVER: Final = "tests/prove/diskserver.py"
 _STANDBY: Final = "kemari/standby.py"
+_TAKEOVER: Final = "kemari/takeover.py"
 
 
 def _mutant(name: str, rule: str, *edits: Edit, tests: tuple[str, ...] = ()) -> Mutant:
@@ -92,15 +93,15 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         "disk-taken-over-after-the-guest",
         "the replicas are the guest's disks before it runs",
         Edit(
-            _STANDBY,
-            "            await self._disks.take_over(committed.epoch, self.generation + 1)\n",
+            _TAKEOVER,
+            "        await self._disks.take_over(committed.epoch, legacy.generation)\n",
             "",
         ),
         Edit(
-            _STANDBY,
-            "            await asyncio.to_thread(shell.revive, committed.state, elapsed)\n",
-            "            await asyncio.to_thread(shell.revive, committed.state, elapsed)\n"
-            "            await self._disks.take_over(committed.epoch, self.generation + 1)\n",
+            _TAKEOVER,
+            "        await asyncio.to_thread(self._shell.revive, committed.state, elapsed)\n",
+            "        await asyncio.to_thread(self._shell.revive, committed.state, elapsed)\n"
+            "        await self._disks.take_over(committed.epoch, legacy.generation)\n",
         ),
     ),
     _mutant(
@@ -135,7 +136,7 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         "a session begins when nothing of the last one can reach the replica any more",
         Edit(
             _STANDBY,
-            '        await _attempt(self, "close the disks", self._disks.close())\n',
+            '        await self._attempt("close the disks", self._disks.close())\n',
             "",
         ),
     ),

@@ -25,31 +25,40 @@ def account(path: Path, total: int, available: int) -> Path:
     return path
 
 
-def test_a_sixteenth_is_left_and_64_mib_at_least(tmp_path: Path) -> None:
+def test_a_sixteenth_is_left_and_64_mib_at_least(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     meminfo = tmp_path / "meminfo"
-    room = Headroom(account(meminfo, 16 * GIB, 3 * GIB))
+    room = Headroom("web", account(meminfo, 16 * GIB, 3 * GIB))
     assert room.pages() == 2 * GIB // 4
     account(meminfo, GIB // 2, 100 * MIB)
     assert room.pages() == 36 * MIB // 4
     assert not room.short
+    assert caplog.messages == []
     account(meminfo, GIB // 2, 60 * MIB)
     assert room.pages() == -4 * MIB // 4
     account(meminfo, 16 * GIB, 3 * GIB)
     assert room.pages() > 0
+    assert [told.endswith("60 MiB are left to Dom0") for told in caplog.messages] == [True]
     assert room.short  # it was, once
 
 
 def test_nothing_more_is_taken_without_the_account(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    room = Headroom(tmp_path / "nothing")
-    assert room.pages() == 0
-    assert room.short
-    assert "cannot be read" in caplog.text
+    nothing, meminfo = tmp_path / "nothing", tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       17 kB\n")
+    for path, why in ((nothing, "cannot be read"), (meminfo, "lacks MemAvailable")):
+        room = Headroom("web", path)
+        assert room.pages() == 0
+        assert room.pages() == 0
+        assert room.short
+        assert [why in told and told.startswith("web: ") for told in caplog.messages] == [True]
+        caplog.clear()
 
 
 def test_this_machine_has_some() -> None:
-    room = Headroom()
+    room = Headroom("web")
     assert room.pages() > 0
     assert not room.short
 
