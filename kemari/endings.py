@@ -75,7 +75,7 @@ class Asking:
     async def wait(self, questions: Coroutine[Any, Any, Answer]) -> Answer:
         """One round of questions."""
         task = asyncio.ensure_future(questions)
-        stood_still = False
+        began, stood_still = self._loop.time(), False
         try:
             while not task.done():
                 before = self._loop.time()
@@ -84,7 +84,7 @@ class Asking:
         finally:
             task.cancel()
         if stood_still:
-            self._since = self._loop.time()
+            self._since += self._loop.time() - began
         return task.result()
 
 

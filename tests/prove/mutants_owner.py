@@ -315,7 +315,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 "kemari/endings.py",
-                "        if stood_still:\n            self._since = self._loop.time()\n",
+                "        if stood_still:\n            self._since += self._loop.time() - began\n",
                 "",
             ),
         ),
