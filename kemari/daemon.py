@@ -131,9 +131,8 @@ class Daemon:
     async def close(self) -> None:
         """End in good order: standbys are told, output is released, shells are removed."""
         self._closing = True
-        for record in list(self.again.values()):
-            self._remember_to_resume(record.uuid)
-            self._forget_again(record.guest)
+        for guest in list(self.again):
+            self._forget_again(guest)
         await asyncio.gather(*(self._close(each) for each in list(self.protections.values())))
         for session in list(self.sessions.values()):
             await session.leave("kemarid stops")
@@ -149,24 +148,16 @@ class Daemon:
         self.host.journal.note("", "trouble", sentence)
 
     async def _close(self, protection: Protection) -> None:
-        resume = not protection.machine.over or protection.lost
         try:
             await protection.stop("kemarid stops")
-            if resume:
-                self._remember_to_resume(protection.uuid)
         except (CheckpointError, KemariError) as error:
             self.host.journal.note(protection.guest, "trouble", str(error))
-
-    def _remember_to_resume(self, uuid: str) -> None:
-        record = self.host.ledger.get(uuid)
-        if record is not None and record.role is Role.OWNER and self.host.config.resume:
-            self.host.ledger.update(uuid, options=record.options | {"resume": True})
 
     async def _forget_to_resume(self, guest: str) -> None:
         """What an administrator has stopped stays so when the daemon is restarted."""
 
         def without(record: Record) -> dict[str, Any]:
-            wanted = record.role is Role.OWNER and record.options.get("resume")
+            wanted = record.role in (Role.OWNER, Role.PRIMARY) and record.options.get("resume")
             return {"options": record.options | {"resume": False}} if wanted else {}
 
         for record in self.host.ledger:
@@ -242,6 +233,7 @@ class Daemon:
                 raise NoSuchProtection(f"{name} is not protected on {self.host.config.host}")
             return f"{name} is not protected again"
         await protection.stop("stopped, as asked", force=force)
+        await self._forget_to_resume(name)  # an end that was under way may have written it again
         self.protections.pop(name, None)
         return f"{name} is no longer protected; its output flows freely"
 
@@ -316,6 +308,7 @@ class Daemon:
             # To look costs next to nothing; to open the guest in vain costs it time.
             delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT) if protection else AGAIN
         self._forget_again(guest)
+        await self._forget_to_resume(guest)  # one that is started under its name is another
 
     async def _reach(self, standby: tuple[Address, ...]) -> None:
         """Look whether the standby is there, before the guest has to be looked at: that costs it
@@ -336,9 +329,10 @@ class Daemon:
         try:
             resolved = await recovery.resolve()
             self._stragglers.look(resolved.uuid, recovery.unrecorded)
-            if resolved.role is Role.OWNER:
-                if self.host.config.resume:
-                    self._protect_again(resolved, at_once=True)
+            outcome = recovery.unrecorded or resolved
+            if outcome.role is Role.OWNER:
+                if self.host.config.resume and outcome.options.get("resume"):
+                    self._protect_again(outcome, at_once=True)
                 else:
                     self.host.journal.note(
                         record.guest, "unprotected", f"protection of {record.guest} is off"

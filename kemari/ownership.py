@@ -102,12 +102,15 @@ def primary_record(
     addresses: tuple[tuple[Address, ...], tuple[Address, ...]],
     options: Options,
     incarnation: str,
+    *,
+    resume: bool,
 ) -> Record:
     """What the ledger says of a guest from its first checkpoint on.
 
     :param standby: name and UUID of its host
     :param addresses: of it: those that were asked for, and those that it has told
     :param incarnation: of the domain that is protected (:mod:`checkpoint.driver`)
+    :param resume: whether it is to be protected again when this protection is lost
     """
     (name, host_id), (asked, further) = standby, addresses
     return Record(
@@ -123,6 +126,8 @@ def primary_record(
             "incarnation": incarnation,
             "devices": [nic.vif for nic in source.nics],
             "standby": [str(each) for each in asked],
+            # From the beginning: a daemon may be killed between any two records of an end.
+            "resume": resume,
             RECORDED: [disk.target for disk in source.disks if disk.shared and disk.writable],
         },
         reason="protection started",

@@ -277,7 +277,10 @@ class Protection:
         domain = await in_thread(self._host.hypervisor.incarnation, self.guest)
         route = self.route
         whose, where = (route.name, route.host_id), (route.asked, route.further)
-        record = primary_record(source, self.generation, whose, where, self.options, domain)
+        resume = self._host.config.resume
+        record = primary_record(
+            source, self.generation, whose, where, self.options, domain, resume=resume
+        )
         await in_thread(self._host.ledger.put, record)
         reach("owner-recorded")
         output = self._host.network.output(source.nics, self._host.config.buffer_limit)
@@ -309,7 +312,9 @@ class Protection:
         await self._stop_over_link(why)
         record = self._host.ledger.get(self.uuid)
         if record and record.role is Role.PRIMARY and record.generation == self.generation:
-            await ending.record(role=Role.OWNER, reason=why)
+            # Who asked is told of it, and asks again or does not.
+            options = record.options | {"resume": self.by_itself}
+            await ending.record(role=Role.OWNER, reason=why, options=options)
         if self.generation:
             self.note("refused", f"{self.guest} is not protected: {why}")
         await self._dispose()

@@ -12,6 +12,39 @@ if TYPE_CHECKING:
     from tests.prove.world import Copy, World
 
 
+class Wish:
+    """What an administrator has asked for and been told is done: it lasts until he asks again.
+
+    Nothing is wished while a question is open, or was answered with an error.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._copy: Copy | None = None
+        self._protected = False
+
+    def asked(self) -> None:
+        """Something is asked for, by a command or by hand."""
+        self._copy = None
+
+    def granted(self, operation: str, host: str) -> None:
+        """It is done."""
+        here = [copy for copy in self._world.living() if copy.host == host]
+        if operation in ("start", "stop") and here:
+            self._copy, self._protected = here[-1], operation == "start"
+
+    def denied(self, copy: Copy, *, protected: bool) -> str:
+        """What of it has not come true, of the guest as it runs in the end; "" if it has."""
+        moved_by_itself = self._world.reprotect and not copy.by_hand
+        if self._copy is None or (copy is not self._copy and not moved_by_itself):
+            return ""
+        if self._protected and not protected:
+            return "the guest is not protected, and nobody has said that it should not be"
+        if protected and not self._protected:
+            return "the guest is protected, whose protection was stopped"
+        return ""
+
+
 def ill(world: World) -> str:
     """What is not as it should be in the end; "" if all is well."""
     copies = world.living()
@@ -22,7 +55,12 @@ def ill(world: World) -> str:
     (copy,) = copies
     machine = world.machines[copy.host]
     other = world.other(machine)
-    return _of_the_guest(copy, machine, other) or _of_the_rest(machine, other)
+    protected = machine.protection is not None and machine.protection.machine.protected
+    return (
+        _of_the_guest(copy, machine, other)
+        or _of_the_rest(machine, other)
+        or world.wish.denied(copy, protected=protected)
+    )
 
 
 def _of_the_guest(copy: Copy, machine: Machine, other: Machine) -> str:

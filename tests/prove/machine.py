@@ -230,11 +230,14 @@ class Machine:
         if not self.alive or self.daemon is None:
             answer.done, answer.error = True, KemariError("no daemon")
             return answer
+        if operation in ("start", "stop", "failover"):
+            self.world.wish.asked()
         handler = self.daemon._control.handler  # type: ignore[attr-defined]
 
         async def carry_out() -> None:
             try:
                 answer.result = await handler(operation, arguments, lambda progress: None)
+                self.world.wish.granted(operation, self.name)
             except (CheckpointError, KemariError) as error:
                 answer.error = error
             answer.done = True

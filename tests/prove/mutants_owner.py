@@ -68,6 +68,28 @@ OWNER: Final[tuple[Mutant, ...]] = (
         ),
     ),
     Mutant(
+        "wish-not-recorded",
+        "a guest is protected again whenever the daemon died, unless somebody said that it be not",
+        (
+            Edit(
+                "kemari/ownership.py",
+                '            "resume": resume,\n',
+                '            "resume": False,\n',
+            ),
+        ),
+    ),
+    Mutant(
+        "stop-not-recorded",
+        "a guest whose protection was stopped stays without one",
+        (
+            Edit(
+                "kemari/daemon.py",
+                '"resume": False}} if wanted else {}\n',
+                '"resume": True}} if wanted else {}\n',
+            ),
+        ),
+    ),
+    Mutant(
         "debt-forgotten-with-a-full-disk",
         "a standby that owes its promise is asked on, though that could not be recorded",
         (

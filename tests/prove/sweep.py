@@ -35,12 +35,15 @@ def _stall(machine: Machine, beats: float) -> None:
 
 
 def talk_and_stop(world: World) -> None:
-    """A guest is protected, talks, and is protected no more."""
+    """A guest is protected, talks, and is protected no more, whatever becomes of the daemon."""
     world.protect()
     world.answers(5)
     world.wait(0.5)
     world.answers(2)
     _ask(world, world.a, "stop")
+    world.answers(2)
+    world.a.kill()
+    world.wait(1.0)
     world.answers(2)
 
 

@@ -25,7 +25,7 @@ from checkpoint import faultpoints
 from checkpoint.memory import MemoryGuest, digest_of, parse_answer
 from kemari.config import Address, Config, Paths
 from kemari.epoch import PrimaryState
-from tests.prove.aftermath import ill
+from tests.prove.aftermath import Wish, ill
 from tests.prove.disks import DISK, Disks
 from tests.prove.machine import GUEST, Answer, Machine
 from tests.prove.network import Network
@@ -93,6 +93,8 @@ class World:
     :ivar answered: requests whose answers the client has
     :ivar uuid: the guest's
     :ivar moves: how often another copy than before was seen
+    :ivar reprotect: the daemons protect again after a failover
+    :ivar wish: what an administrator has asked for
     :ivar reached: point -> how often it was reached
     :ivar lost_allowed: the guest may be gone: its host died without a copy elsewhere
     :ivar forked: the policy "release" let output go, or may do so now, although a standby that
@@ -120,6 +122,8 @@ class World:
         self.talking = False
         self.violation = ""
         self.moves = 0
+        self.reprotect = bool(changes.get("reprotect"))
+        self.wish = Wish(self)
         self._runs = False
         self._copies: list[Copy] = []
         self._last = b""
@@ -302,6 +306,7 @@ class World:
 
     def begin_anew(self, machine: Machine, guest: MemoryGuest) -> None:
         """An administrator has started the guest, which remembers nothing."""
+        self.wish.asked()
         self._begin(Copy(machine.name, guest, seen=True, by_hand=True))
         self.uuid = guest.description.uuid
         self.answered, self._last = 0, b""
@@ -311,6 +316,7 @@ class World:
 
     def carry_on(self, machine: Machine, guest: MemoryGuest) -> None:
         """An administrator has moved the guest, which remembers everything."""
+        self.wish.asked()
         self._begin(Copy(machine.name, guest, seen=True, by_hand=True))
 
     # ---- Section: what is seen from outside ----

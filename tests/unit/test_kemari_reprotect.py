@@ -140,6 +140,39 @@ def test_who_does_not_want_it_has_none(tmp_path: Path) -> None:
         assert recorded(pair.b)["resume"] is False
 
 
+@pytest.mark.parametrize("killed", ["a", "b"])
+def test_a_daemon_killed_before_it_tries_again_leaves_the_wish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """It has recorded that the guest runs on unprotected, and done nothing more."""
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(daemon.Daemon, "_protect_again", lambda *_, **__: None)
+            pair.machines[killed].kill()
+            pair.machines[killed].start()
+            await_true(lambda: pair.a.events("web").count("unprotected"), "a has recorded it")
+            pair.talk(3)
+            pair.a.kill()
+        pair.a.start()
+        await_protected(pair.a, "b")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_a_guest_that_ended_unprotected_is_another_when_it_is_started(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.power_cut()
+        await_true(lambda: pair.a.daemon and pair.a.daemon.again, "it is to be protected again")
+        assert recorded(pair.a)["resume"] is True
+        pair.a.hypervisor.guests.pop("web")
+        await_true(lambda: pair.a.daemon and not pair.a.daemon.again, "a has noticed", 30)
+        await_true(lambda: recorded(pair.a)["resume"] is False, "and recorded it")
+
+
 @pytest.mark.parametrize("good", [True, False], ids=["restarted", "killed"])
 def test_what_was_stopped_stays_so(tmp_path: Path, good: bool) -> None:
     with Pair(tmp_path, reprotect=True) as pair:
