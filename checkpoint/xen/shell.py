@@ -98,7 +98,7 @@ def create(description: Description) -> XenShell:
     if domain.info() is not None:
         raise CheckpointError(
             f"domain number {description.domid} is in use on the standby (expected to be free: a "
-            "guest remembers its own)"
+            'guest remembers its own; domid_policy="random" in xl.conf draws different ones)'
         )
     config = copy.deepcopy(detail["config"])
     config["c_info"]["name"] = description.name + SUFFIX
