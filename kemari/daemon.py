@@ -22,7 +22,7 @@ from kemari.journal import Journal
 from kemari.ledger import Ledger, Record, Role, answer_to_stand_down
 from kemari.leftovers import Leftovers
 from kemari.output import Network
-from kemari.ownership import recorded_options
+from kemari.ownership import is_wished, recorded_options
 from kemari.peers import Peers
 from kemari.protection import Protection
 from kemari.pulses import Pulses
@@ -97,6 +97,9 @@ class Daemon:
         :raise CheckpointError, KemariError: an address or the control socket cannot be had
         """
         config = self.host.config
+        if self.host.pulses:
+            # While connections are still refused, which proves life: a small Dom0 is busy with it.
+            self.host.spawn(self.host.pulses.run(), "pulses")
         asked = await clean(self.host)
         # Before anybody can ask for them.
         self.recoveries = {record.uuid: Recovery(self.host, self.peers, record) for record in asked}
@@ -117,14 +120,12 @@ class Daemon:
         except BaseException:
             await self._listener.close()
             raise
-        if self.host.pulses:
-            self.host.spawn(self.host.pulses.run(), "pulses")
         for record in asked:
             self.host.spawn(self._recover(record), f"{record.guest}: recovery")
         for record in self.host.ledger:
             self._stragglers.look(record.uuid)
             self._remember_takeover(record.uuid, record.guest)
-            if record.role is Role.OWNER and record.options.get("resume"):
+            if self._is_wished(record):
                 self._protect_again(record, at_once=True)
         self.host.journal.note("", "daemon", f"kemarid {__version__} is ready")
 
@@ -152,6 +153,10 @@ class Daemon:
             await protection.stop("kemarid stops")
         except (CheckpointError, KemariError) as error:
             self.host.journal.note(protection.guest, "trouble", str(error))
+
+    def _is_wished(self, record: Record) -> bool:
+        """See :func:`is_wished`; what was taken over goes by ``reprotect``, not by ``resume``."""
+        return is_wished(record) and (self.host.config.resume or bool(record.came_from))
 
     async def _forget_to_resume(self, guest: str) -> None:
         """What an administrator has stopped stays so when the daemon is restarted."""
@@ -212,28 +217,40 @@ class Daemon:
         self._stragglers.look(protection.uuid, protection.unrecorded)
         if self._closing or self.protections.get(name) is not protection:
             return
-        if protection.lost and protection.machine.state is PrimaryState.UNPROTECTED:
-            record = self.host.ledger.get(protection.uuid)
+        record = self.host.ledger.get(protection.uuid)
+        lost = protection.lost and protection.machine.state is PrimaryState.UNPROTECTED
+        if lost and not protection.stopped:
             if record is not None and self.host.config.resume:
                 self._protect_again(record)
         else:
             self.protections.pop(name, None)
+            by_itself = protection.by_itself or bool(protection.stopped)
+            if not by_itself and record is not None and self._is_wished(record):
+                self._protect_again(record)  # it was before this was asked for, in vain
 
     async def stop(self, name: str, *, force: bool = False) -> str:
         """End the protection of a guest; the sentence that says what was done.
 
         :raise NoSuchProtection: there is none
+        :raise LedgerError: it has ended, but that it is to stay so could not be recorded
         """
         waiting = self._forget_again(name)
-        await self._forget_to_resume(name)
+        # A full disk must not keep output held: only when it is tried again at the end it may fail.
+        wish = self._forget_to_resume(name)
+        await self.host.journal.attempt(name, "record that it is not to be protected again", wish)
+        waiting = self._forget_again(name) or waiting  # an attempt may have failed meanwhile
+        asked = self._asked_for(name)
+        waiting = waiting or (asked is not None and asked.role is Role.PRIMARY)
         protection = self.protections.get(name)
         if protection is None or protection.machine.over:
             self.protections.pop(name, None)
             if not waiting:
                 raise NoSuchProtection(f"{name} is not protected on {self.host.config.host}")
+            await self._forget_to_resume(name)
             return f"{name} is not protected again"
         await protection.stop("stopped, as asked", force=force)
-        await self._forget_to_resume(name)  # an end that was under way may have written it again
+        self._forget_again(name)
+        await self._forget_to_resume(name)
         self.protections.pop(name, None)
         return f"{name} is no longer protected; its output flows freely"
 
@@ -308,7 +325,9 @@ class Daemon:
             # To look costs next to nothing; to open the guest in vain costs it time.
             delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT) if protection else AGAIN
         self._forget_again(guest)
-        await self._forget_to_resume(guest)  # one that is started under its name is another
+        # One that is started under its name is another.
+        wish = self._forget_to_resume(guest)
+        await self.host.journal.attempt(guest, "record that it has ended", wish)
 
     async def _reach(self, standby: tuple[Address, ...]) -> None:
         """Look whether the standby is there, before the guest has to be looked at: that costs it
@@ -331,7 +350,8 @@ class Daemon:
             self._stragglers.look(resolved.uuid, recovery.unrecorded)
             outcome = recovery.unrecorded or resolved
             if outcome.role is Role.OWNER:
-                if self.host.config.resume and outcome.options.get("resume"):
+                # A version before did not say.
+                if self.host.config.resume and outcome.options.get("resume", True):
                     self._protect_again(outcome, at_once=True)
                 else:
                     self.host.journal.note(

@@ -83,9 +83,12 @@ class Asking:
                 stood_still = stood_still or self._loop.time() - before > 2 * self._pace
         finally:
             task.cancel()
+        answer = task.result()
         if stood_still:
             self._since += self._loop.time() - began
-        return task.result()
+            # No answer in such a round is no sign of death.
+            answer = replace(answer, alive=True)
+        return answer
 
 
 def patience(answer: Answer, heartbeat: float) -> float:
@@ -125,12 +128,13 @@ class Ending:
         reach("let-go")
         record = self._host.ledger.get(self._uuid)
         promised = gone or reason in (LetGoReason.PROMISE, LetGoReason.NOTHING_SENT)
-        changes: dict[str, Any] = {
-            "role": Role.RELEASED if gone else Role.OWNER,
-            "reason": why,
-            "options": owing(record.options, record.generation, promised) if record else {},
-        }
-        recorded = await self.record(**changes)
+        role = Role.RELEASED if gone else Role.OWNER
+
+        def changes(known: Record) -> dict[str, Any]:
+            options = owing(known.options, known.generation, promised)
+            return {"role": role, "reason": why, "options": options}
+
+        recorded = await self.amend(changes)
         reach("let-go-recorded")
         # Before the output, which tells the world of them.
         await self.attempt_here("issue what is held of shared disks", release_disks())
@@ -154,7 +158,7 @@ class Ending:
             f"{self._name} runs on UNPROTECTED ({why}; {ground})",
             ground=reason.name.lower(),
         )
-        return replace(record, **changes) if record and not recorded else None
+        return replace(record, **changes(record)) if record and not recorded else None
 
     async def abandon(
         self,
@@ -169,9 +173,13 @@ class Ending:
         :param drop_disks: forgets changes that are held of shared disks
         """
         reach("abandon")
-        await self.record(
-            role=Role.MOVED, generation=generation, reason=f"{standby} runs it", came_from=""
-        )
+        moved: dict[str, Any] = {
+            "role": Role.MOVED,
+            "generation": generation,
+            "reason": f"{standby} runs it",
+            "came_from": "",
+        }
+        await self.amend(lambda known: moved)
         reach("abandon-recorded")
         await self.attempt_here("drop what is held of shared disks", drop_disks())
         await self.attempt("pause", source.pause)
@@ -187,10 +195,24 @@ class Ending:
             generation=generation,
         )
 
-    async def record(self, **changes: Any) -> bool:
+    async def not_begun(self, generation: int, why: str, *, wished: bool) -> None:
+        """A protection has failed before its first checkpoint, recorded or not.
+
+        :param wished: the guest is to be protected all the same
+        """
+
+        def changes(known: Record) -> dict[str, Any]:
+            if known.role is not Role.PRIMARY or known.generation != generation:
+                return {}
+            options = known.options | {"resume": wished}
+            return {"role": Role.OWNER, "reason": why, "options": options}
+
+        await self.amend(changes)
+
+    async def amend(self, changes: Callable[[Record], dict[str, Any]]) -> bool:
         """Change the ledger; where that fails, a restarted daemon asks again, which is safe."""
         return await self.attempt(
-            "record who owns the guest", self._host.ledger.update, self._uuid, **changes
+            "record who owns the guest", self._host.ledger.amend, self._uuid, changes
         )
 
     async def attempt(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

@@ -57,6 +57,11 @@ def handing_over(record: Record) -> dict[str, Any]:
     return {"options": record.options | {HANDED: True}} if record.role is Role.PRIMARY else {}
 
 
+def is_wished(record: Record | None) -> bool:
+    """Whether a guest that runs here, unprotected, is to be protected."""
+    return record is not None and record.role is Role.OWNER and bool(record.options.get("resume"))
+
+
 async def still_stands_by(
     peers: Peers, addresses: tuple[Address, ...], guest: str, generation: int, heartbeat: float
 ) -> bool:

@@ -32,9 +32,9 @@ from kemari.epoch import LetGoReason, Primary, PrimaryState
 from kemari.errors import PeerError, Refused
 from kemari.headroom import Headroom
 from kemari.host import Host, first_of, in_thread
-from kemari.ledger import Record, Role
+from kemari.ledger import Record
 from kemari.output import Output
-from kemari.ownership import handing_over, primary_record
+from kemari.ownership import handing_over, is_wished, primary_record
 from kemari.peers import Peers
 from kemari.route import Route
 from kemari.statistics import Statistics
@@ -83,6 +83,7 @@ class Protection:
         self._holding = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._establishing: asyncio.Task[Any] | None = None
+        self._wished = False
         self.stopped = ""
         self._source: Source | None = None
         self._sender: Sender | None = None
@@ -277,7 +278,9 @@ class Protection:
         domain = await in_thread(self._host.hypervisor.incarnation, self.guest)
         route = self.route
         whose, where = (route.name, route.host_id), (route.asked, route.further)
-        resume = self._host.config.resume
+        before = self._host.ledger.get(self.uuid)
+        self._wished = self.by_itself or is_wished(before)
+        resume = self._host.config.resume or self.by_itself
         record = primary_record(
             source, self.generation, whose, where, self.options, domain, resume=resume
         )
@@ -310,11 +313,9 @@ class Protection:
         if self._source is not None:
             await ending.attempt("end tracking", self._source.untrack)
         await self._stop_over_link(why)
-        record = self._host.ledger.get(self.uuid)
-        if record and record.role is Role.PRIMARY and record.generation == self.generation:
-            # Who asked is told of it, and asks again or does not.
-            options = record.options | {"resume": self.by_itself}
-            await ending.record(role=Role.OWNER, reason=why, options=options)
+        # Who asked for it is told; what was wished before still is, unless it was stopped.
+        wished = self._wished and not self.stopped
+        await ending.not_begun(self.generation, why, wished=wished)
         if self.generation:
             self.note("refused", f"{self.guest} is not protected: {why}")
         await self._dispose()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -134,8 +135,14 @@ class Recovery:
         reach("recover-released")
         what = "runs on here UNPROTECTED" if here else "runs on neither host"
         self._note("unprotected", f"{record.guest} {what} ({why})")
-        options = owing(record.options, record.generation, promised)
-        return await self._put(Role.OWNER, record.generation, why, options=options)
+        return await self._put(
+            lambda known: {
+                "role": Role.OWNER,
+                "generation": record.generation,
+                "reason": why,
+                "options": owing(known.options, record.generation, promised),
+            }
+        )
 
     async def _give_up(self, generation: int) -> Record:
         """The peer has taken over: destroy the copy here, if it may be.
@@ -147,7 +154,9 @@ class Recovery:
         record, host = self.record, self._host
         why = f"{record.peer} runs it since generation {generation}"
         reach("recover-give-up")
-        resolved = await self._put(Role.MOVED, generation, why)
+        resolved = await self._put(
+            lambda _: {"role": Role.MOVED, "generation": generation, "reason": why}
+        )
         here = await copy_here(host, record)
         if here and not await self._is_old() and not await self._runs_there():
             self._note(
@@ -209,17 +218,16 @@ class Recovery:
         for device in sorted(self._devices()):
             await reclaim(self._host, self.record.guest, device, release=release)
 
-    async def _put(self, role: Role, generation: int, reason: str, **more: Any) -> Record:
-        ledger = self._host.ledger
-        changes = {"role": role, "generation": generation, "reason": reason, **more}
+    async def _put(self, changes: Callable[[Record], dict[str, Any]]) -> Record:
+        ledger, uuid = self._host.ledger, self.record.uuid
         try:
-            self.resolved = await asyncio.to_thread(
-                lambda: ledger.update(self.record.uuid, **changes)
-            )
+            await asyncio.to_thread(ledger.amend, uuid, changes)
         except LedgerError as error:
             self._note("trouble", f"{self.record.guest}: {error}; it will be asked for again")
-            self.resolved = self.record
-            self.unrecorded = replace(self.record, **changes)
+            self.resolved = ledger.get(uuid) or self.record
+            self.unrecorded = replace(self.resolved, **changes(self.resolved))
+        else:
+            self.resolved = ledger.get(uuid) or self.record
         return self.resolved
 
     def _note(self, event: str, text: str, **figures: Any) -> None:

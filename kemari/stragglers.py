@@ -48,7 +48,9 @@ def _late(meant: Record, known: Record) -> dict[str, Any]:
     """What changes in the record of a protection whose end could not be recorded."""
     if known.role is not Role.PRIMARY or known.generation != meant.generation:
         return {}
-    return {"role": meant.role, "reason": meant.reason, "options": meant.options}
+    # Whether it is to be protected again may have been said since.
+    options = meant.options | {"resume": known.options.get("resume", False)}
+    return {"role": meant.role, "reason": meant.reason, "options": options}
 
 
 class Stragglers:

@@ -46,14 +46,21 @@ class World:
     :param guest: what the guest is to be like; None: as the lab was brought up for
     :param reprotect: after a failover it is protected again by itself, and :meth:`protected` waits
         for that; otherwise tests have their time to look at what a failover has left
+    :param heartbeat_ms: silence that means death
     :ivar spoiled: what a test has left cannot be relied on
     :ivar moves: how often the guest has moved since it booted
     """
 
     def __init__(
-        self, lab: Lab, guest: GuestOptions | None = None, *, reprotect: bool = False
+        self,
+        lab: Lab,
+        guest: GuestOptions | None = None,
+        *,
+        reprotect: bool = False,
+        heartbeat_ms: int = 1000,
     ) -> None:
         self.lab = lab
+        self._heartbeat_ms = heartbeat_ms
         self._guest = guest
         self._reprotect = reprotect
         self.spoiled = True
@@ -128,7 +135,7 @@ class World:
 
     def _anew(self) -> None:
         self.close()
-        self.lab.reset(reprotect=self._reprotect)
+        self.lab.reset(reprotect=self._reprotect, heartbeat_ms=self._heartbeat_ms)
         for name in HOSTS:
             self.events(name).wait("daemon")
         self.spoiled = False

@@ -8,19 +8,23 @@ make a chain: each restart takes the next one, under clients that talk all the w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 from tests.lab.faults import armed, clients, freshly_protected, well_again
 from tests.lab.protection_world import Pair, World
 from vagrant.lablib.guest import NAME as GUEST
+from vagrant.lablib.lab import Lab
 
 #: For `make prove`, not for `make check`.
 pytestmark = pytest.mark.long
 
 #: Which time of a point that each epoch has: well after the first copy.
 EPOCHS = 40
+
+#: A restarted daemon in a host that is emulated and busy may take more than a second to greet.
+HEARTBEAT_MS = 4000
 
 # What the daemon of each side goes through when it comes back and protects again ...
 PRIMARY_COMES_BACK = (
@@ -69,6 +73,14 @@ CHAINS = {
     "primary-epoch": ("primary", PRIMARY_EPOCH, EPOCHS),
     "standby-epoch": ("standby", STANDBY_EPOCH, EPOCHS),
 }
+
+
+@pytest.fixture(scope="module")
+def shared_world(lab: Lab) -> Iterator[World]:
+    """As in conftest.py, of hosts that are slow."""
+    world = World(lab, heartbeat_ms=HEARTBEAT_MS)
+    yield world
+    world.close()
 
 
 @pytest.mark.parametrize(("side", "points", "nth"), CHAINS.values(), ids=CHAINS)

@@ -29,6 +29,9 @@ FAILOVER_LIMIT = 30.0
 #: Seconds that a guest may be silent when its standby is lost: the heartbeat, three times that to
 #: ask, and again as much, because the machine may be busy.
 LOSS_LIMIT = 10.0
+#: Seconds that xl may take to save a guest's memory.
+SAVE_LIMIT = 300.0
+SAVED = "/var/tmp/demo.save"
 #: Seconds by which a guest's clocks may change, seen through single requests.
 CLOCK_LIMIT = 0.5
 
@@ -347,6 +350,33 @@ def test_daemon_killed(world: World, which: str) -> None:
     assert "takeover" not in [event["event"] for event in there.since(mark_there)]
     world.only_on(pair.primary)
     assert len(domains(world.lab, pair.standby)) == 1
+
+
+# ---- Beside xl --------------------------------------------------------------------------------
+
+
+def test_a_guest_is_saved_by_xl_while_it_is_protected(world: World) -> None:
+    """xl takes its dirty log; no page of what it wrote meanwhile is missing after a power cut."""
+    pair = world.protected()
+    with world.talk("save") as talk:
+        talk.wait_answers(SOME)
+        here, there = world.events(pair.primary), world.events(pair.standby)
+        mark, mark_there = here.seen, there.seen
+        world.lab.ssh(pair.primary, f"xl save -c {GUEST} {SAVED}", timeout=SAVE_LIMIT)
+        lost = here.wait("standby-lost", since=mark)
+        assert "another program uses the guest's dirty log" in lost["text"]
+        here.wait("protected", since=mark)
+        world.lab.ssh(pair.primary, f"test -s {SAVED} && rm {SAVED}")
+        protected = time.monotonic()
+        talk.wait_answers(SOME)
+        seen = talk.seen
+        at = world.cut(pair.primary)
+        talk.wait_resumed(at, since=seen)
+        there.wait("takeover", since=mark_there)
+        talk.wait_answers(SOME)
+        survived(talk, Cut(protected, at, settled=time.monotonic()))
+    world.moves += 1
+    world.only_on(pair.standby)
 
 
 # ---- The end of a guest -----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kemari.ledger import Role
@@ -12,35 +13,54 @@ if TYPE_CHECKING:
     from tests.prove.world import Copy, World
 
 
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """What an administrator was told is done.
+
+    :ivar copy: of the guest, for which he was told
+    :ivar protected: whether that is to be protected
+    """
+
+    copy: Copy
+    protected: bool
+
+
 class Wish:
     """What an administrator has asked for and been told is done: it lasts until he asks again.
 
-    Nothing is wished while a question is open, or was answered with an error.
+    Nothing is wished while a question is open.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._copy: Copy | None = None
-        self._protected = False
+        self._granted: Granted | None = None
 
-    def asked(self) -> None:
-        """Something is asked for, by a command or by hand."""
-        self._copy = None
+    def asked(self, operation: str = "") -> Granted | None:
+        """Something is asked for, by a command or by hand; what was wished before."""
+        before = self._granted
+        if operation in ("start", "stop", ""):
+            self._granted = None
+        return before
 
     def granted(self, operation: str, host: str) -> None:
         """It is done."""
         here = [copy for copy in self._world.living() if copy.host == host]
         if operation in ("start", "stop") and here:
-            self._copy, self._protected = here[-1], operation == "start"
+            self._granted = Granted(here[-1], operation == "start")
+
+    def refused(self, operation: str, before: Granted | None) -> None:
+        """It is not, and what was wished before still is; a stop is one, even if it fails."""
+        if operation == "start":
+            self._granted = before
 
     def denied(self, copy: Copy, *, protected: bool) -> str:
         """What of it has not come true, of the guest as it runs in the end; "" if it has."""
-        moved_by_itself = self._world.reprotect and not copy.by_hand
-        if self._copy is None or (copy is not self._copy and not moved_by_itself):
+        granted, moved_by_itself = self._granted, self._world.reprotect and not copy.by_hand
+        if granted is None or (copy is not granted.copy and not moved_by_itself):
             return ""
-        if self._protected and not protected:
+        if granted.protected and not protected:
             return "the guest is not protected, and nobody has said that it should not be"
-        if protected and not self._protected:
+        if protected and not granted.protected:
             return "the guest is protected, whose protection was stopped"
         return ""
 

@@ -230,8 +230,7 @@ class Machine:
         if not self.alive or self.daemon is None:
             answer.done, answer.error = True, KemariError("no daemon")
             return answer
-        if operation in ("start", "stop", "failover"):
-            self.world.wish.asked()
+        before = self.world.wish.asked(operation)
         handler = self.daemon._control.handler  # type: ignore[attr-defined]
 
         async def carry_out() -> None:
@@ -240,6 +239,7 @@ class Machine:
                 self.world.wish.granted(operation, self.name)
             except (CheckpointError, KemariError) as error:
                 answer.error = error
+                self.world.wish.refused(operation, before)
             answer.done = True
 
         assert self.process is not None

@@ -337,8 +337,8 @@ OWNER: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 "kemari/endings.py",
-                "        if stood_still:\n            self._since += self._loop.time() - began\n",
-                "",
+                "        if stood_still:\n            self._since",
+                "        if False:\n            self._since",
             ),
         ),
     ),

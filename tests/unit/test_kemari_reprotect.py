@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 
 from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.memory import MemoryHypervisor, MemorySource
+from diskbuffer import durable
 from kemari import daemon
 from kemari.config import Options
-from kemari.errors import NoSuchProtection, Refused
+from kemari.errors import KemariError, NoSuchProtection, Refused
 from kemari.ledger import Record, Role
 from kemari.ownership import offered_options, recorded_options
 from tests.unit.kemari_pair import Machine, Pair, await_true
@@ -157,6 +159,53 @@ def test_a_daemon_killed_before_it_tries_again_leaves_the_wish(
             pair.a.kill()
         pair.a.start()
         await_protected(pair.a, "b")
+        pair.talk(3)
+        pair.check_answers()
+
+
+def test_a_start_in_vain_leaves_the_wish_as_it_was(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.power_cut()
+        await_true(lambda: pair.a.daemon and pair.a.daemon.again, "it is to be protected again")
+        with pytest.raises(KemariError, match="No kemarid answers"):
+            pair.protect()
+        await_true(lambda: pair.a.daemon and pair.a.daemon.again, "it still is")
+        pair.b.power_on()
+        await_protected(pair.a, "b")
+
+
+def test_what_was_stopped_while_the_standby_was_asked_stays_so(tmp_path: Path) -> None:
+    with Pair(tmp_path, on_standby_loss="hold") as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.power_cut()
+        await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
+        pair.a.request("stop", domain="web", force=True)
+        pair.talk(3)
+        assert recorded(pair.a)["resume"] is False
+        assert pair.a.daemon
+        assert pair.a.daemon.again == {}
+        assert pair.a.daemon.protections == {}
+
+
+def test_a_full_disk_does_not_keep_a_stop_from_letting_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Pair(tmp_path, on_standby_loss="hold") as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.b.power_cut()
+        await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "replace", full)
+            with pytest.raises(KemariError, match="No space left"):
+                pair.a.request("stop", domain="web", force=True)
+        await_true(lambda: not pair.a.network.buffers, "nothing is held")
         pair.talk(3)
         pair.check_answers()
 

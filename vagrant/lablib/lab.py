@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -380,13 +381,14 @@ class Lab:
 
             self._on_hosts(names, to_host)
 
-    def reset(self, *, reprotect: bool = True) -> None:
+    def reset(self, *, reprotect: bool = True, heartbeat_ms: int = 1000) -> None:
         """Make a lab that was used ready for the next use, in seconds.
 
         Links are plugged, hosts have power, no guest is left, and kemarid runs without a memory of
         what was protected.
 
         :param reprotect: whether a guest is protected again, by itself, after a failover
+        :param heartbeat_ms: silence that means death
         :raises LabError: the lab is down, or a host did not do it
         """
         with self._lock():
@@ -394,7 +396,8 @@ class Lab:
                 for link in LINKS:
                     self.network.set_link(name, link, plugged=True)
             self._boot([name for name in HOSTS if not self.hosts[name].is_running])
-            command = f"/usr/lib/kemari-lab/reset {str(reprotect).lower()}"
+            lines = [f"reprotect = {str(reprotect).lower()}", f"heartbeat_ms = {heartbeat_ms}"]
+            command = shlex.join(["/usr/lib/kemari-lab/reset", *lines])
             self._on_hosts(HOSTS, lambda name: self.ssh(name, command))
 
     def _on_hosts(self, names: Sequence[str], action: Callable[[str], object]) -> None:
