@@ -46,7 +46,7 @@ FOUND = (
     # What was held of an old copy that was gone was taken for a new guest's.
     Case("brought_back", "abandon-destroyed", 1, "kill", "release", 546704033),
     # A host said from memory that it ran a guest that had been moved away since.
-    Case("carried_over", "put-heartbeat", 1, "unplug", "hold", 30681264),
+    Case("carried_over", "put-heartbeat", 1, "unplug", "hold", 4),
     # A standby's debt that a full disk left unrecorded was forgotten, and its copy grew old.
     Case("talk_and_stop", "apply-batch", 2, "peer-full-stall", "release", 242153294),
 )
