@@ -42,7 +42,7 @@ FOUND = (
     # A restart in front of a full disk left a takeover unrecorded for good.
     Case("unrecorded", "takeover-recorded", 1, "kill"),
     # A restarted primary went by its policy although it had handed its guest over.
-    Case("carried_over", "ledger-written", 9, "stall-long", "release", 914547724),
+    Case("carried_over", "ledger-written", 10, "stall-long", "release"),
     # What was held of an old copy that was gone was taken for a new guest's.
     Case("brought_back", "abandon-destroyed", 1, "kill", "release", 546704033),
     # A host said from memory that it ran a guest that had been moved away since.

@@ -34,8 +34,9 @@ _FIRST: Final = (
     sweep.Case("unrecorded", "takeover-recorded", 1, "kill"),
     sweep.Case("talk_and_stop", "got-state", 1, "peer-full-stall", "release"),
     sweep.Case("brought_back", "abandon-destroyed", 1, "kill", "release", 546704033),
-    sweep.Case("carried_over", "put-heartbeat", 1, "unplug", "hold", 30681264),
-    sweep.Case("carried_over", "ledger-written", 9, "stall-long", "release"),
+    sweep.Case("carried_over", "put-heartbeat", 1, "unplug", "hold", 4),
+    sweep.Case("carried_over", "ledger-written", 10, "stall-long", "release"),
+    sweep.Case("declined", "paused", 2, "kill"),
 )
 #: Faults that are tried first where the guest's disk is concerned: (point, its time, action).
 _DISK_FIRST: Final = (

@@ -35,13 +35,20 @@ def _stall(machine: Machine, beats: float) -> None:
 
 
 def talk_and_stop(world: World) -> None:
-    """A guest is protected, talks, and is protected no more, whatever becomes of the daemon."""
+    """A guest is protected, talks, and is protected no more."""
     world.protect()
     world.answers(5)
     world.wait(0.5)
     world.answers(2)
     _ask(world, world.a, "stop")
     world.answers(2)
+
+
+def stopped(world: World) -> None:
+    """A protection that was stopped stays so when the daemon is started again."""
+    world.protect()
+    world.answers(2)
+    _ask(world, world.a, "stop")
     world.a.kill()
     world.wait(1.0)
     world.answers(2)
@@ -283,6 +290,7 @@ def lost_writes(world: World) -> None:
 #: Scenario -> the host that runs the guest in the end, if nothing more goes wrong.
 ENDS_ON: Final[dict[Callable[[World], None], str]] = {
     talk_and_stop: "a",
+    stopped: "a",
     planned: "a",
     power_cut: "b",
     primary_killed: "a",
