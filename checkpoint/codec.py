@@ -313,7 +313,8 @@ class Decoder:
 def sparse(size: int) -> mmap.mmap:
     """Zeros that take memory page by page as they are first written, and none for being read.
 
-    Nothing is cleared here, which for a large guest would stop the whole process for seconds.
+    Nothing is cleared here, which for a large guest would stop the whole process for seconds.  A
+    child process must run its own program at once: it has the object, but not the memory.
     """
     # Without a reservation: a guest may be larger than Dom0, whose memory is not counted that way.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)

@@ -9,45 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import random
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from xml.etree import ElementTree
 
 from checkpoint.faultpoints import POINTS
-from tests.prove import mutation, schedules, sweep
+from tests.prove import mutation, sweep, workers
 from tests.prove.mutants import MUTANTS
 
 #: Cases of the sweep that a worker process takes at a time.
 _BATCH = 50
-
-
-def _quiet() -> None:
-    """Say nothing of what the daemons under test log, and leave when they are cleared away."""
-    logging.disable(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
-
-
-def _run_cases(cases: Sequence[sweep.Case]) -> list[tuple[sweep.Case, sweep.Outcome]]:
-    _quiet()
-    return [(case, sweep.run(case)) for case in cases]
-
-
-def _run_schedules(examples: int, derandomize: bool) -> tuple[int, str]:
-    _quiet()
-    before = schedules.Hosts.schedules
-    try:
-        return schedules.run(examples, derandomize=derandomize), ""
-    except AssertionError as error:
-        return schedules.Hosts.schedules - before, str(error)
 
 
 class Proof:
@@ -63,7 +43,9 @@ class Proof:
         self.schedules = 0
         self.lab_runs = 0
         self.violations: list[str] = []
-        self._pool = ProcessPoolExecutor(jobs)
+        # Not forked: a guest's memory is not there in a child (`checkpoint.codec.sparse`), and an
+        # object for it, left from finding the cases, would unmap what is at that address now.
+        self._pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
     def sweep(self, cases: Iterable[sweep.Case]) -> None:
         """Run cases of the sweep, and print what each action did."""
@@ -71,7 +53,7 @@ class Proof:
         batches = [every[at : at + _BATCH] for at in range(0, len(every), _BATCH)]
         ran: Counter[str] = Counter()
         failed: Counter[str] = Counter()
-        for results in self._pool.map(_run_cases, batches):
+        for results in self._pool.map(workers.run_cases, batches):
             for case, outcome in results:
                 ran[case.action] += 1
                 self.schedules += 1
@@ -86,7 +68,7 @@ class Proof:
 
     def random_schedules(self, examples: int, *, derandomize: bool) -> None:
         """Run schedules of Hypothesis."""
-        count, violation = self._pool.submit(_run_schedules, examples, derandomize).result()
+        count, violation = self._pool.submit(workers.run_schedules, examples, derandomize).result()
         self.schedules += count
         if violation:
             self._violated("schedules", violation)
@@ -163,7 +145,7 @@ def main() -> int:
     options = parser.parse_args()
     began = time.monotonic()
     root = Path(__file__).resolve().parents[2]
-    _quiet()
+    workers.quiet()
     proof = Proof(options.jobs)
     try:
         once = list(sweep.cases(brief=True))
