@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo     a guest survives the power cut of its host, in a lab of two emulated Xen hosts
-# make check    lint, types, documents, speed, unit, property and lab tests; ends with "N passed, N failed"
+# make check    lint, types, documents, speed, unit, property and lab tests; ends with "N passed, N failed";
+#               CHECK=lab-long: the lab tests that take hours
 # make lint     lint and types only
 # make bench    Kemari beside xl remus in the lab, some hours; QUICK=1: under 15 minutes;
 #               docs/performance.md

@@ -224,9 +224,9 @@ class Daemon:
                 self._protect_again(record)
         else:
             self.protections.pop(name, None)
-            by_itself = protection.by_itself or bool(protection.stopped)
-            if not by_itself and record is not None and self._is_wished(record):
-                self._protect_again(record)  # it was before this was asked for, in vain
+            in_vain = not (protection.by_itself or protection.stopped)
+            if in_vain and record is not None and self._is_wished(record):
+                self._protect_again(record)  # as was wished before this one was asked for
 
     async def stop(self, name: str, *, force: bool = False) -> str:
         """End the protection of a guest; the sentence that says what was done.

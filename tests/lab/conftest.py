@@ -18,7 +18,10 @@ from vagrant.lablib.errors import LabError
 from vagrant.lablib.lab import DEFAULT_SUITE, REPOSITORY, Lab, Options
 from vagrant.lablib.recipe import RECIPES
 
-EVIDENCE = "tail -n 60 /var/log/kemari/kemarid.log; xl list; dmesg | tail -n 15"
+EVIDENCE = (
+    "tail -n 60 /var/log/kemari/kemarid.log; xl list; dmesg | tail -n 15; "
+    "tail -n 25 /var/log/xen/guest-*.log /var/log/xen/xl-*.log"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

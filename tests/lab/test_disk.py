@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest with a disk and two databases on real Xen: what was acknowledged is there ever after.
 
-``KEMARI_LAB_CUTS`` is the number of power cuts in a row under writing clients (2, which is also the
-least: the second one is of a host whose disk had to be brought up to date after the first).
+``KEMARI_LAB_DISK_CUTS`` is the number of power cuts in a row under writing clients (2: the second
+one is of a host whose disk had to be brought up to date after the first).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vagrant.demolib.stage import end_and_check_disks
 from vagrant.lablib.guest import GuestOptions
 from vagrant.lablib.lab import Lab
 
-CUTS = max(2, int(os.environ.get("KEMARI_LAB_CUTS", "2")))
+CUTS = int(os.environ.get("KEMARI_LAB_DISK_CUTS", "2"))
 #: Acknowledged appends on each connection that show that it works.
 SOME = 10
 #: Greatest pause of a connection between two writes: a saturated guest leaves the emulated hosts no

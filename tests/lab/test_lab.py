@@ -142,7 +142,7 @@ def test_an_unplugged_link_is_silent_both_ways_and_the_other_one_is_not(fresh_la
     assert fresh_lab.ssh("b", "ping -c 1 -W 30 10.78.0.1").status == 0
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_guest_answers_over_ipv4_and_ipv6_and_shuts_down_when_asked(
     fresh_lab: Lab, vcpus: int
 ) -> None:
@@ -197,6 +197,7 @@ def test_commands_on_a_host_cost_little(fresh_lab: Lab) -> None:
     assert int(master) <= 2
 
 
+@pytest.mark.long
 def test_a_host_that_does_not_come_up_is_reported_with_its_console(fresh_lab: Lab) -> None:
     fresh_lab.ssh("b", "mv /usr/lib/kemari-lab/init /usr/lib/kemari-lab/init.away && sync")
     fresh_lab.power_cut("b")

@@ -85,6 +85,7 @@ def ring(lab: Lab, vif: str, mode: str) -> dict[str, Any]:
     return said
 
 
+@pytest.mark.long
 def test_with_a_tap_held_frames_keep_no_slot_of_the_guests_ring(lab: Lab, vif: str) -> None:
     said = ring(lab, vif, "tap")
     assert said["held"] >= 5
@@ -92,6 +93,7 @@ def test_with_a_tap_held_frames_keep_no_slot_of_the_guests_ring(lab: Lab, vif: s
     assert said["while_held"] == 0, "netback has not answered frames that are held"
 
 
+@pytest.mark.long
 def test_without_a_tap_they_would(lab: Lab, vif: str) -> None:
     """The hazard is real, so that the test above shows its cure and not its absence."""
     said = ring(lab, vif, "bare")

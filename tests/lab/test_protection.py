@@ -329,7 +329,7 @@ def test_replication_link_unplugged(world: World) -> None:
     assert "takeover" not in [event["event"] for event in there.since(mark_there)]
 
 
-@pytest.mark.parametrize("which", ["primary", "standby"])
+@pytest.mark.parametrize("which", ["primary", pytest.param("standby", marks=pytest.mark.long)])
 def test_daemon_killed(world: World, which: str) -> None:
     """The guest goes on, and is protected again without anybody's doing."""
     pair = world.protected()
@@ -355,6 +355,7 @@ def test_daemon_killed(world: World, which: str) -> None:
 # ---- Beside xl --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_guest_is_saved_by_xl_while_it_is_protected(world: World) -> None:
     """xl suspends it, and takes its dirty log at the end; no page is missing after a power cut."""
     pair = world.protected()
@@ -383,7 +384,6 @@ def test_a_guest_is_saved_by_xl_while_it_is_protected(world: World) -> None:
 # ---- The end of a guest -----------------------------------------------------------------------
 
 
-@pytest.mark.short
 def test_a_guest_that_has_moved_shuts_down_when_asked(world: World) -> None:
     """It hears of it through a xenstore watch that it had set on another host."""
     pair = world.protected_after_a_move()

@@ -32,6 +32,10 @@ SPARE_MEMORY = (
 )
 
 
+#: For `make check CHECK=lab-long`.
+pytestmark = pytest.mark.long
+
+
 class Several:
     """Guests of a lab, where each of them runs, and what their clients see."""
 
@@ -130,11 +134,7 @@ def several(fresh_lab: Lab, request: pytest.FixtureRequest) -> Iterator[Several]
     guests.close()
 
 
-@pytest.mark.parametrize(
-    "several",
-    [pytest.param(3, id="3"), pytest.param(8, marks=pytest.mark.long, id="8")],
-    indirect=True,
-)
+@pytest.mark.parametrize("several", [3, 8], indirect=True)
 def test_each_host_saves_the_others_guests(several: Several) -> None:
     """Half of the guests lose their host, the others their standby; then all lose their host."""
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import pickle
 import subprocess
@@ -34,6 +35,8 @@ def own_network(test: Callable[_P, None]) -> Callable[_P, None]:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            # What other tests have left belongs to the parent, and not all of it was inherited.
+            gc.freeze()
             os.close(reader)
             failure = _attempt(lambda: test(*args, **kwargs))
             with os.fdopen(writer, "wb") as pipe:

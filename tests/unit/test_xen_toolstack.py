@@ -7,6 +7,7 @@ import errno
 import json
 import queue
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,17 @@ def test_a_shell_is_restored_from_a_file_that_is_gone_afterwards(
     assert call.startswith("restore -p ")
     assert (xl / "xl.stream").read_bytes() == b"onetwo"
     assert not Path(call.split()[-1]).exists()
+
+
+def test_a_number_that_was_in_use_within_this_second(xl: Path) -> None:
+    (xl / "xl.do").write_text(
+        '[ "$(wc -l < "$0.calls")" -gt 1 ] && exit 0\n'
+        'echo "libxl: error: libxl_create.c:783:f: Domain 7:domain id recently used" >&2\nexit 1\n'
+    )
+    began = int(time.monotonic())
+    toolstack.restore_paused(iter([b"one"]))
+    assert len(calls(xl)) == 2
+    assert int(time.monotonic()) > began  # what libxl counts in
 
 
 def test_the_configuration_of_one_domain_among_others(xl: Path) -> None:
