@@ -385,6 +385,12 @@ class Pair:
         """``kemari start`` on a."""
         return self.a.request("start", domain=self.name, standby="b", **arguments)
 
+    def lose_standby(self) -> None:
+        """A guest is protected to b, talks, and b loses its power."""
+        self.protect()
+        self.talk(3)
+        self.b.power_cut()
+
     # ---- The client outside ----
 
     def running(self) -> MemoryGuest | None:

@@ -329,9 +329,7 @@ def test_partition_with_policy_hold_never_shows_two_owners(tmp_path: Path) -> No
 
 def test_standby_lost_with_policy_hold_and_forced_stop(tmp_path: Path) -> None:
     with Pair(tmp_path, on_standby_loss="hold") as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.b.power_cut()
+        pair.lose_standby()
         await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
         with pytest.raises(Refused, match="does not answer"):
             pair.a.request("stop", domain="web")

@@ -165,9 +165,7 @@ def test_a_daemon_killed_before_it_tries_again_leaves_the_wish(
 
 def test_a_start_in_vain_leaves_the_wish_as_it_was(tmp_path: Path) -> None:
     with Pair(tmp_path) as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.b.power_cut()
+        pair.lose_standby()
         await_true(lambda: pair.a.daemon and pair.a.daemon.again, "it is to be protected again")
         with pytest.raises(KemariError, match="No kemarid answers"):
             pair.protect()
@@ -178,9 +176,7 @@ def test_a_start_in_vain_leaves_the_wish_as_it_was(tmp_path: Path) -> None:
 
 def test_what_was_stopped_while_the_standby_was_asked_stays_so(tmp_path: Path) -> None:
     with Pair(tmp_path, on_standby_loss="hold") as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.b.power_cut()
+        pair.lose_standby()
         await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
         pair.a.request("stop", domain="web", force=True)
         pair.talk(3)
@@ -197,9 +193,7 @@ def test_a_full_disk_does_not_keep_a_stop_from_letting_go(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Pair(tmp_path, on_standby_loss="hold") as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.b.power_cut()
+        pair.lose_standby()
         await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
         with monkeypatch.context() as patch:
             patch.setattr(durable, "replace", full)
@@ -212,9 +206,7 @@ def test_a_full_disk_does_not_keep_a_stop_from_letting_go(
 
 def test_a_guest_that_ended_unprotected_is_another_when_it_is_started(tmp_path: Path) -> None:
     with Pair(tmp_path) as pair:
-        pair.protect()
-        pair.talk(3)
-        pair.b.power_cut()
+        pair.lose_standby()
         await_true(lambda: pair.a.daemon and pair.a.daemon.again, "it is to be protected again")
         assert recorded(pair.a)["resume"] is True
         pair.a.hypervisor.guests.pop("web")

@@ -21,8 +21,8 @@ BOOT_TIMEOUT = 600.0
 TAIL_LINES = 40
 
 # `-cpu max` does not work in software emulation: with SMAP Xen crashes Dom0, with RDTSCP PVH guests
-# are killed.  SVM with nested paging is what gives Xen its dirty log.  Without CMPXCHG16B, which QEMU
-# 7.2 emulates wrongly: see "What emulation means" in docs/lab.md.
+# are killed.  SVM with nested paging is what gives Xen its dirty log.  QEMU 7.2 emulates CMPXCHG16B
+# wrongly, so it is left out: see "What emulation means" in docs/lab.md.
 CPU = "qemu64,+svm,+npt,+nrip-save,-vgif,+ssse3,+sse4.1,+sse4.2,+popcnt,-cx16"
 
 
