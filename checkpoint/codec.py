@@ -201,6 +201,23 @@ class Encoder:
                 pages = zero + delta + raw
                 yield self._coded(memoryview(self._out)[:used], 0, pages, pages)
 
+    def unlike(self, first: int, memory: memoryview) -> list[int]:
+        """Frames from ``first`` on, one for each page of ``memory``, that are otherwise there.
+
+        Without those of which the standby's content is not known here: never sent, forgotten, or
+        written by its backends, too.
+        """
+        reference = self._reference[first * PAGE_SIZE : first * PAGE_SIZE + memory.nbytes]
+        if bytes(memory) == bytes(reference):
+            return []
+        found = []
+        for gfn, at in enumerate(range(0, memory.nbytes, PAGE_SIZE), first):
+            page = slice(at, at + PAGE_SIZE)
+            known = self._have[gfn] & native.REF_STATE == native.REF_SAME
+            if known and bytes(memory[page]) != bytes(reference[page]):
+                found.append(gfn)
+        return found
+
     def close(self) -> None:
         """Give the reference's memory back, as much as the guest has (idempotent).
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -112,6 +112,10 @@ class Staging:
         self.data.release()
 
 
+#: See :attr:`Source.audit`.
+Auditor = Callable[[memoryview, Staging, Sequence[int]], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Captured:
     """Figures of one capture.
@@ -135,11 +139,16 @@ class Captured:
 
 
 class Source(Protocol):
-    """The running guest on the primary."""
+    """The running guest on the primary.
+
+    :ivar audit: called while the guest stands still and its epoch is staged, with all of its
+        memory, the epoch, and the frames without memory; see :mod:`checkpoint.audit`
+    """
 
     description: Description
     nics: list[Nic]
     disks: list[Disk]
+    audit: Auditor | None
 
     def track(self) -> None:
         """Begin dirty tracking and map the guest's memory.

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 
-from checkpoint.driver import PAGE_SIZE, Captured, Description, Disk, Nic, Staging
+from checkpoint.driver import PAGE_SIZE, Auditor, Captured, Description, Disk, Nic, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent, ReviveError, UnsupportedGuest
 from checkpoint.faultpoints import reach
 
@@ -178,6 +178,7 @@ class MemorySource:
         self.description = guest.description
         self.nics = guest.nics
         self.disks = guest.disks
+        self.audit: Auditor | None = None
         self._hypervisor = hypervisor
         self._guest = guest
         self._tracking = False
@@ -269,6 +270,8 @@ class MemorySource:
                 reach("log-read")
                 self._gather([*granted, *written], staging)
                 reach("pages-copied")
+                if self.audit is not None:
+                    self.audit(memoryview(guest.memory), staging, ())
                 staging.state = guest.state()
             except BaseException:
                 self.unpause()

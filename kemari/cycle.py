@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any, Final, Protocol
 
+from checkpoint.audit import audit
 from checkpoint.codec import Coded, Encoder
 from checkpoint.driver import Captured, Source, Staging
 from checkpoint.errors import CheckpointError, NotQuiescent
@@ -106,6 +107,7 @@ class Cycle:
     ) -> None:
         self._keeper = keeper
         self._source = source
+        source.audit = audit(keeper.guest, encoder)
         self._output = output
         self._encoder = encoder
         self._sender = sender

@@ -325,6 +325,8 @@ class Daemon:
             # To look costs next to nothing; to open the guest in vain costs it time.
             delay = min(max(AGAIN, delay * 2), AGAIN_LIMIT) if protection else AGAIN
         self._forget_again(guest)
+        gone = f"{guest} is gone or has shut down; it is not protected again"
+        self.host.journal.note(guest, "guest-gone", gone)
         # One that is started under its name is another.
         wish = self._forget_to_resume(guest)
         await self.host.journal.attempt(guest, "record that it has ended", wish)

@@ -7,6 +7,8 @@ optional ``:N``, so that it happens the N-th time only.  It is ignored, and said
 administrator has made the file :data:`MARKER`.  A fault happens once: a daemon that was killed and
 is started again with the same environment finds in its run-time folder that it is spent.
 
+``KEMARI_AUDIT=SECONDS`` has checkpoints looked at that often; see :mod:`checkpoint.audit`.
+
 ``python -m kemari.faultpoints`` prints all points.
 """
 
@@ -23,12 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from checkpoint import faultpoints
+from checkpoint import audit, faultpoints
 from kemari.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 VARIABLE: Final = "KEMARI_FAULT"
+AUDIT: Final = "KEMARI_AUDIT"
 #: Without this file no fault is ever armed.
 MARKER: Final = Path("/etc/kemari/allow-fault-points")
 #: Seconds that a stall may last.
@@ -84,16 +87,16 @@ def allowed(marker: Path = MARKER) -> bool:
 
 
 def arm_from_environment(run: Path, marker: Path = MARKER) -> Fault | None:
-    """Arm what ``KEMARI_FAULT`` names, if that is allowed and not spent; returns it.
+    """Arm what the environment names, if that is allowed; returns a fault that is not spent.
 
     :param run: the daemon's run-time folder
-    :raise ConfigError: the value makes no sense
+    :raise ConfigError: a value makes no sense
     """
-    text = os.environ.get(VARIABLE, "")
+    interval = _wanted(AUDIT, marker)
+    if interval:
+        audit.arm(_seconds(interval))
+    text = _wanted(VARIABLE, marker)
     if not text:
-        return None
-    if not allowed(marker):
-        log.warning("%s is set but ignored: %s does not allow it", VARIABLE, marker)
         return None
     fault = parse(text)
     spent = run / "fault-spent"
@@ -103,6 +106,24 @@ def arm_from_environment(run: Path, marker: Path = MARKER) -> Fault | None:
     log.warning("a fault is armed: %s", text)
     faultpoints.arm(Trigger(fault, lambda: _spend(spent, text)))
     return fault
+
+
+def _wanted(variable: str, marker: Path) -> str:
+    text = os.environ.get(variable, "")
+    if text and not allowed(marker):
+        log.warning("%s is set but ignored: %s does not allow it", variable, marker)
+        return ""
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_STALL:
+        raise ConfigError(f"{AUDIT}: {text!r} is not a number of seconds up to {MAX_STALL:g}")
+    return seconds
 
 
 def _spend(path: Path, text: str) -> None:

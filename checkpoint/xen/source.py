@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from checkpoint import native
-from checkpoint.driver import PAGE_SIZE, Captured, Description, Disk, Nic, Staging
+from checkpoint.driver import PAGE_SIZE, Auditor, Captured, Description, Disk, Nic, Staging
 from checkpoint.errors import NotQuiescent, UnsupportedGuest
 from checkpoint.faultpoints import reach
 from checkpoint.guest.events import event_pages
@@ -58,6 +58,7 @@ class XenSource:
         self.description = description
         self.nics = nics
         self.disks = disks
+        self.audit: Auditor | None = None
         self._domain = domain
         self._layout = layout
         self._special = special
@@ -284,6 +285,8 @@ class XenSource:
             reach("rings-copied")
             self._copy_dirty(staging, keep)
             reach("pages-copied")
+            if self.audit is not None:
+                self.audit(self._ram.view, staging, self._holes)
             pause_ns = time.monotonic_ns() - begun
             self._let_go(leave_paused)
             staging.state = self._encoder.encode(

@@ -25,6 +25,19 @@ LOG = "/var/log/kemari/kemarid.log"
 HAPPENS = "WARNING fault point"
 
 
+def start_with(world: World, host: str, script: str) -> None:
+    """Start a daemon anew, and from now on with what the shell script puts into its environment."""
+    events = world.events(host)
+    mark = events.seen
+    world.lab.ssh(
+        host,
+        f"touch {MARKER}; chmod 644 {MARKER}; printf %s {shlex.quote(script)} >{ENVIRONMENT}",
+    )
+    # One that is ended in good order is not started again at once.
+    world.kill_daemon(host)
+    events.wait("daemon", since=mark)
+
+
 class Faults:
     """The faults of one host's daemon, one after the other, each in a daemon started anew."""
 
@@ -36,17 +49,8 @@ class Faults:
 
     def arm(self) -> None:
         """Start the daemon anew, with the first fault; each restart takes the next."""
-        events = self._world.events(self._host)
-        mark = events.seen
-        script = f"{VARIABLE}=$(head -n 1 {QUEUE})\nsed -i 1d {QUEUE}\n"
-        self._ssh(
-            f"touch {MARKER}; chmod 644 {MARKER};"
-            f" printf '%s\\n' {shlex.join(self._faults)} >{QUEUE};"
-            f" printf %s {shlex.quote(script)} >{ENVIRONMENT}"
-        )
-        # One that is ended in good order is not started again at once.
-        self._world.kill_daemon(self._host)
-        events.wait("daemon", since=mark)
+        self._ssh(f"printf '%s\\n' {shlex.join(self._faults)} >{QUEUE}")
+        start_with(self._world, self._host, f"{VARIABLE}=$(head -n 1 {QUEUE})\nsed -i 1d {QUEUE}\n")
 
     def wait(self) -> None:
         """Wait until the next fault has happened."""

@@ -80,7 +80,7 @@ class Proof:
         report.parent.mkdir(exist_ok=True)
         report.unlink(missing_ok=True)
         state = root / "out" / "lab-prove"
-        tests = ["tests/lab/test_faults.py", "tests/lab/test_fault_points.py"]
+        tests = [f"tests/lab/test_{name}.py" for name in ("audit", "faults", "fault_points")]
         words = [f"--junitxml={report}", f"--lab-state={state}", *tests]
         try:
             subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=root, check=False)

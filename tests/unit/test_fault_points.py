@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import faultpoints
+from checkpoint import audit, faultpoints
 from checkpoint.faultpoints import GOT, POINTS, PUT
 from kemari.errors import ConfigError
 from kemari.faultpoints import Fault, Trigger, allowed, arm_from_environment, cut_connections, parse
@@ -135,6 +135,33 @@ def test_a_fault_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert arm_from_environment(tmp_path / "run", marker) is not None
     finally:
         faultpoints.arm(None)
+
+
+@pytest.mark.parametrize("text", ["0.x", "3 s", "-1", "nan", "1e9"])
+def test_a_wrong_interval_between_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    marker = tmp_path / "allow-fault-points"
+    marker.touch(mode=0o644)
+    monkeypatch.setenv("KEMARI_AUDIT", text)
+    with pytest.raises(ConfigError, match=r"KEMARI_AUDIT: .* is not a number of seconds"):
+        arm_from_environment(tmp_path, marker)
+
+
+def test_looks_need_the_administrators_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    marker = tmp_path / "allow-fault-points"
+    monkeypatch.setenv("KEMARI_AUDIT", "2.5")
+    try:
+        arm_from_environment(tmp_path, marker)
+        assert audit._interval is None
+        assert "KEMARI_AUDIT is set but ignored" in caplog.text
+        marker.touch(mode=0o644)
+        arm_from_environment(tmp_path, marker)
+        assert audit._interval == 2.5
+    finally:
+        audit.arm(None)
 
 
 def test_nothing_happens_unless_armed() -> None:

@@ -212,6 +212,7 @@ def test_a_guest_that_ended_unprotected_is_another_when_it_is_started(tmp_path: 
         pair.a.hypervisor.guests.pop("web")
         await_true(lambda: pair.a.daemon and not pair.a.daemon.again, "a has noticed", 30)
         await_true(lambda: recorded(pair.a)["resume"] is False, "and recorded it")
+        assert pair.a.events("web")[-1] == "guest-gone"
 
 
 @pytest.mark.parametrize("good", [True, False], ids=["restarted", "killed"])
