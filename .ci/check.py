@@ -172,7 +172,7 @@ STEPS: dict[str, Callable[[], Count]] = {
         "-m",
         "not long",
         timeout=45 * MINUTES,
-        KEMARI_LAB_CUTS="2",
+        KEMARI_LAB_CUTS="1",
         KEMARI_LAB_DISK_CUTS="1",
     ),
     "lab-trixie": lambda: lab("trixie", "-m", "short", timeout=20 * MINUTES, KEMARI_LAB_CUTS="1"),
