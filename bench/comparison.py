@@ -22,7 +22,7 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import failovers, meters, picture, samples, tables  # noqa: E402
+from bench import failovers, meters, picture, roundtrip, samples, tables  # noqa: E402
 from bench.cases import CASES, Case  # noqa: E402
 from bench.cases import QUICK as QUICK_CASES  # noqa: E402
 from bench.samples import Sample  # noqa: E402
@@ -43,6 +43,7 @@ KEYS: Final = (
     *MICRO,
     samples.KEYS[-1],
     "failover_minus_heartbeat_s",
+    "latency_over_model",
 )
 GUEST: Final = GuestOptions(benchmark=True)
 
@@ -117,6 +118,7 @@ class Comparison:
             cpu=(last.cpu[0] - first.cpu[0], last.cpu[1] - first.cpu[1]),
             free=last.free,
             pause=pause,
+            encode=after.encode_ms,
         )
 
 
@@ -207,6 +209,8 @@ def _compare(lab: Lab, args: argparse.Namespace, figures: dict[str, Any]) -> lis
     """Measure in the lab, print the tables, fill the figures in; what could not be measured."""
     ways, cases = [WAYS[name] for name in args.ways], [CASES[name] for name in args.cases]
     comparison = Comparison(lab, ways, cases, args.seconds)
+    with step("the link alone"):
+        round_trip = roundtrip.measure(lab)
     try:
         for number in range(args.rounds):
             comparison.round(number)
@@ -215,6 +219,9 @@ def _compare(lab: Lab, args: argparse.Namespace, figures: dict[str, Any]) -> lis
         table = samples.merge(comparison.samples)
         print(f"\n{tables.tables(table)}", flush=True)
         figures |= samples.ratios(table)
+        if limit := samples.limit(table, round_trip):
+            print(limit, flush=True)
+            figures["latency_over_model"] = limit.ratio
         kept = [sample.as_json() for sample in comparison.samples]
         (comparison.folder / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
         (comparison.folder / "bench.svg").write_text(picture.draw(picture.panels(table)))

@@ -6,6 +6,7 @@ Every ratio is taken against the interval of ``xl remus`` that is best at that v
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -50,6 +51,7 @@ class Sample:
     :ivar free: bytes of memory that each Dom0 had left at the end
     :ivar pause: milliseconds for which the guest was paused for a checkpoint on average, by the
         protection's own clock; None where there is none
+    :ivar encode: milliseconds that coding a checkpoint took, the median by that clock; likewise
     """
 
     way: str
@@ -65,6 +67,7 @@ class Sample:
     cpu: tuple[float, float]
     free: tuple[int, int]
     pause: float | None
+    encode: float | None
 
     @property
     def rate(self) -> float:
@@ -117,6 +120,7 @@ class Sample:
             "dom0_cpu_s": list(self.cpu),
             "dom0_free_bytes": list(self.free),
             "pause_ms": self.pause,
+            "encode_ms": self.encode,
         }
 
 
@@ -137,6 +141,7 @@ def _one(parts: Sequence[Sample]) -> Sample:
     paused = [part for part in parts if part.pause is not None]
     counted = sum(part.checkpoints for part in paused)
     gaps = [part.gaps for part in parts if part.gaps]
+    encoded = [part.encode for part in parts if part.encode is not None]
     return Sample(
         way=first.way,
         case=first.case,
@@ -153,6 +158,7 @@ def _one(parts: Sequence[Sample]) -> Sample:
         pause=sum(part.checkpoints * (part.pause or 0) for part in paused) / counted
         if counted
         else None,
+        encode=statistics.median(encoded) if encoded else None,
     )
 
 
@@ -208,6 +214,53 @@ def ratios(table: Table) -> dict[str, float | None]:
     }
     assert tuple(found) == KEYS
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What one answer would take if nothing but what must be came between; milliseconds.
+
+    :ivar unprotected: the answer of the guest alone, the median
+    :ivar pause: of the guest for a checkpoint, on average
+    :ivar round_trip: of the empty link
+    :ivar encode: coding a checkpoint, the median
+    :ivar protected: what the answer does take under Kemari, the median
+    """
+
+    unprotected: float
+    pause: float
+    round_trip: float
+    encode: float
+    protected: float
+
+    @property
+    def total(self) -> float:
+        """The model's limit: half a round trip is allowed for both ends of the link."""
+        return self.unprotected + self.pause + 1.5 * self.round_trip + self.encode
+
+    @property
+    def ratio(self) -> float:
+        """Times the limit that the answer takes."""
+        return self.protected / self.total
+
+    def __str__(self) -> str:
+        return (
+            f"an answer on one connection, by the model: unprotected {self.unprotected:.1f} + "
+            f"pause {self.pause:.1f} + 1.5 x round trip {self.round_trip:.1f} + "
+            f"encode {self.encode:.1f} = {self.total:.1f} ms; "
+            f"measured: {self.protected:.1f} ms, {self.ratio:.2f} times that\n"
+        )
+
+
+def limit(table: Table, round_trip: float) -> Limit | None:
+    """The model's limit and what came of it; None if something for it was not measured."""
+    plain, kemari = table.get((ONE, UNPROTECTED)), table.get((ONE, KEMARI))
+    if plain is None or kemari is None or kemari.pause is None or kemari.encode is None:
+        return None
+    before, after = plain.latency(0.5), kemari.latency(0.5)
+    if before is None or after is None:
+        return None
+    return Limit(before, kemari.pause, round_trip, kemari.encode, after)
 
 
 def _wire_per_second(sample: Sample) -> float:

@@ -44,10 +44,12 @@ class State:
 
     :ivar checkpoints: since it began
     :ivar paused_ms: for which the guest was paused for all of them; None without a clock for it
+    :ivar encode_ms: that one of the last took to be coded, the median; None likewise
     """
 
     checkpoints: int = 0
     paused_ms: float | None = None
+    encode_ms: float | None = None
 
 
 class Way(Protocol):
@@ -126,7 +128,8 @@ def parse_status(line: str) -> State:
         figures: dict[str, Any] = guest["statistics"]
         checkpoints = int(figures["checkpoints"])
         if guest["protected"]:
-            return State(checkpoints, figures["pause_ms"]["mean"] * checkpoints)
+            encode = float(figures["stages_ms"]["encode"]["p50"])
+            return State(checkpoints, figures["pause_ms"]["mean"] * checkpoints, encode)
     except (ValueError, KeyError, TypeError):
         raise LabError("kemarid's status cannot be read; expected one guest's.", line) from None
     raise LabError(f"The guest is {guest['state']} ({guest['why']}); expected it protected.")

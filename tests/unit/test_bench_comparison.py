@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import client, comparison, failovers, meters, picture, samples, tables, ways
+from bench import client, comparison, failovers, meters, picture, roundtrip, samples, tables, ways
 from bench.cases import Case, Load
 from bench.gaps import Gaps, middle
 from bench.samples import Sample
@@ -25,6 +25,7 @@ from vagrant.demolib.verdict import Cut, Resume
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.guest import compile_program
 from vagrant.lablib.lab import Lab
+from vagrant.lablib.ssh import Result
 
 MS = 1_000_000
 # ---- gaps ----
@@ -86,6 +87,7 @@ def sample(way: str, case: str = "rr-1", **values: object) -> Sample:
         cpu=(1.0, 0.5),
         free=(100 << 20, 200 << 20),
         pause=None,
+        encode=None,
     )
     return replace(plain, **values)  # type: ignore[arg-type]
 
@@ -159,6 +161,20 @@ def test_bytes_of_a_writer_are_counted_for_each_page_that_it_could_write() -> No
     assert found["wire_ratio_incompressible"] == 1
 
 
+def test_an_answer_is_held_against_what_it_cannot_do_without() -> None:
+    given = [
+        sample("unprotected", latencies=[2.0, 3.0, 9.0]),
+        sample("kemari", latencies=[18.0, 20.0, 50.0], pause=2.0, encode=1.0, checkpoints=9),
+    ]
+    found = samples.limit(table(*given), 4.0)
+    assert found is not None
+    assert found.total == 12.0
+    assert found.ratio == pytest.approx(20 / 12)
+    assert "= 12.0 ms; measured: 20.0 ms, 1.67 times that" in str(found)
+    assert samples.limit(table(*given[:1]), 4.0) is None
+    assert samples.limit(table(given[0], replace(given[1], encode=None)), 4.0) is None
+
+
 def test_what_was_not_measured_is_null_in_the_closing_line() -> None:
     line = tables.closing(dict.fromkeys(comparison.KEYS) | samples.ratios({}))
     assert json.loads(line) == dict.fromkeys(comparison.KEYS)
@@ -204,7 +220,7 @@ def test_the_closing_line_has_the_keys_that_were_agreed_in_their_order() -> None
         stall_ratio_p50 stall_ratio_p99 latency_ratio_p90
         wire_ratio_rr wire_ratio_kv wire_ratio_incompressible kv_throughput_vs_timer25
         zero_vs_memcpy compare_vs_memcpy delta_gb_per_s apply_gb_per_s
-        dom0_cpu_ratio failover_minus_heartbeat_s
+        dom0_cpu_ratio failover_minus_heartbeat_s latency_over_model
     """
     assert list(comparison.KEYS) == wanted.split()
 
@@ -240,18 +256,43 @@ def test_meters_that_tell_something_else_are_refused(text: str) -> None:
         meters.parse_link(text)
 
 
+class HereLab:
+    """Its hosts are this machine."""
+
+    def ssh(self, host: str, command: str) -> Result:
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_links_round_trip_is_measured() -> None:
+    assert 0 < roundtrip.measure(cast(Lab, HereLab()), "127.0.0.1") < 1000
+
+
+def test_a_round_trip_that_nobody_answers_is_not_guessed() -> None:
+    class Dumb(HereLab):
+        def ssh(self, host: str, command: str) -> Result:
+            return Result(0, "", "")
+
+    with pytest.raises(LabError, match="expected a number"):
+        roundtrip.measure(cast(Lab, Dumb()))
+
+
 def status(**values: object) -> str:
     guest = {
         "protected": True,
         "state": "protected",
         "why": "",
-        "statistics": {"checkpoints": 12, "pause_ms": {"p50": 4.5, "mean": 5.0}},
+        "statistics": {
+            "checkpoints": 12,
+            "pause_ms": {"p50": 4.5, "mean": 5.0},
+            "stages_ms": {"encode": {"p50": 0.9, "p99": 3.0}},
+        },
     }
     return json.dumps({"ok": True, "result": [guest | values]})
 
 
 def test_checkpoints_are_those_of_the_protected_guest() -> None:
-    assert ways.parse_status(status()) == ways.State(12, 60.0)
+    assert ways.parse_status(status()) == ways.State(12, 60.0, 0.9)
     with pytest.raises(LabError, match=r"unprotected \(the link broke\)"):
         ways.parse_status(status(protected=False, state="unprotected", why="the link broke"))
     with pytest.raises(LabError, match="cannot be read"):
