@@ -7,22 +7,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
-from checkpoint.codec import Decoder, Verified
+from checkpoint.codec import Decoder
 from checkpoint.driver import PAGE_SIZE, Description, Shell
 from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import reach
 from checkpoint.fields import Fields
+from checkpoint.incoming import Committed, Incoming
 from checkpoint.link import Link, LinkError, PeerRefused, PeerSilent
 from checkpoint.runstate import Runstate
 from checkpoint.stages import Stages
 from checkpoint.wire import (
     Frame,
     FrameType,
-    Totals,
     decode_json,
     pack_applied,
     parse_issued,
@@ -51,10 +50,6 @@ class StaleGeneration(CheckpointError):
     """A newer generation of the guest is known here than the one that asks."""
 
 
-class ApplyError(CheckpointError):
-    """An acknowledged epoch could not be applied: the shell must never be revived."""
-
-
 class Outcome(Enum):
     """How a session ended in good order."""
 
@@ -64,24 +59,6 @@ class Outcome(Enum):
     HANDED_OVER = "handed over"
     #: The guest was handed over, could not be run, and was given back.
     DECLINED = "declined"
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """An epoch that was acknowledged.
-
-    :ivar epoch: its number; 0 is the base copy, which cannot be run
-    :ivar state: the machine state
-    :ivar pages: pages in it
-    :ivar wire_bytes: frames with their headers
-    :ivar captured_at: when the guest was paused for it, on this host's ``time.monotonic()``
-    """
-
-    epoch: int
-    state: bytes
-    pages: int
-    wire_bytes: int
-    captured_at: float
 
 
 class Standby(Protocol):
@@ -154,10 +131,7 @@ class Receiver:
         self.stood_down = False
         self._standby = standby
         self._decoder = Decoder(0)
-        self._totals = Totals()
-        self._staged: list[Verified] = []
-        self._state: bytes | None = None
-        self._staged_bytes = 0
+        self._incoming = Incoming(self._decoder)
         self._completed: tuple[Committed, Awaitable[None] | None] | None = None
         self.stages = Stages("receive", "verify", "ack", "apply")
         self._begun_ns = self._verify_ns = self._commit_ns = self._ack_ns = 0
@@ -211,7 +185,7 @@ class Receiver:
             )
             self.runstate = Runstate.CLOSED
             self.link.divert(None)
-            self._staged.clear()
+            self._incoming.drop()
             self.link.end(None)
             self._done.set()
 
@@ -264,17 +238,17 @@ class Receiver:
             return False
         match frame.type:
             case FrameType.PAGES:
-                epoch = self._epoch_of_contents(frame)
+                self._begin_contents(frame)
                 began = time.monotonic_ns()
                 batch = self._decoder.verify(frame.flags, frame.payload)
                 self._verify_ns += time.monotonic_ns() - began
-                self._stage(epoch, frame, batch)
+                self._incoming.hold(frame, batch)
             case FrameType.STATE:
                 self._take_state(frame)
             case FrameType.ISSUED if self.runstate is Runstate.PROTECTING:
                 self._standby.issued(*parse_issued(frame))
             case FrameType.COMMIT if (
-                self.runstate is Runstate.COMMITTING and self._staged_bytes < INLINE
+                self.runstate is Runstate.COMMITTING and self._incoming.size < INLINE
             ):
                 return self._commit_at_once(frame)
             case _:
@@ -296,6 +270,7 @@ class Receiver:
             self.description, self.generation, fields.mapping("options")
         )
         self._decoder = Decoder(self.description.pages)
+        self._incoming = Incoming(self._decoder)
         if self.shell.memory.nbytes != self.description.pages * PAGE_SIZE:
             raise CheckpointError(
                 f"the shell has {self.shell.memory.nbytes} bytes of memory, expected "
@@ -304,53 +279,34 @@ class Receiver:
         await self.link.send(FrameType.PREPARED, {"detail": detail})
         self.runstate = Runstate.BASE
 
-    def _epoch(self, frame: Frame) -> int:
-        """The epoch of a frame, which must be the one that is due."""
-        due = 0 if self.committed is None else self.committed.epoch + 1
-        if frame.epoch != due:
-            raise ProtocolError(
-                f"{frame.type.name} of epoch {frame.epoch} came, expected epoch {due}"
-            )
-        return due
-
     def _begin(self) -> None:
         if self.runstate is Runstate.PROTECTING:
             self.runstate = Runstate.COMMITTING
             self._begun_ns = time.monotonic_ns()
             self._verify_ns = 0
 
-    def _epoch_of_contents(self, frame: Frame) -> int:
-        epoch = self._epoch(frame)
-        if self._state is not None:
-            raise ProtocolError(f"{frame.type.name} of epoch {epoch} came after its STATE")
+    def _begin_contents(self, frame: Frame) -> None:
+        self._incoming.require_open(frame)
         self._begin()
-        return epoch
 
     async def _on_pages(self, frame: Frame) -> None:
         assert self.shell is not None
-        epoch = self._epoch_of_contents(frame)
+        self._begin_contents(frame)
         size = len(frame.payload)
         began = time.monotonic_ns()
         batch = await self._work(size, self._decoder.verify, frame.flags, frame.payload)
         self._verify_ns += time.monotonic_ns() - began
-        if epoch == 0:
-            self._totals.add(size, frame.crc, batch.pages)
+        if frame.epoch == 0:
+            self._incoming.count(frame, batch.pages)
             await self._work(size, self._decoder.apply, batch, self.shell.memory)
         else:
-            self._stage(epoch, frame, batch)
-
-    def _stage(self, epoch: int, frame: Frame, batch: Verified) -> None:
-        self._totals.add(len(frame.payload), frame.crc, batch.pages)
-        if self._totals.pages > self._decoder.pages:
-            raise ProtocolError(f"epoch {epoch} has more pages than the guest")
-        self._staged.append(batch)
-        self._staged_bytes += len(batch.body)
+            self._incoming.hold(frame, batch)
 
     async def _on_writes(self, frame: Frame) -> None:
-        epoch = self._epoch_of_contents(frame)
+        self._begin_contents(frame)
         disk, untrusted_records = parse_writes(frame)
-        self._totals.add(len(frame.payload), frame.crc)
-        await self._standby.writes(epoch, disk, untrusted_records)
+        self._incoming.count(frame)
+        await self._standby.writes(frame.epoch, disk, untrusted_records)
 
     async def _on_issued(self, frame: Frame) -> None:
         self._standby.issued(*parse_issued(frame))
@@ -365,28 +321,14 @@ class Receiver:
         self._take_state(frame)
 
     def _take_state(self, frame: Frame) -> None:
-        epoch = self._epoch(frame)
-        if self._state is not None:
-            raise ProtocolError(f"STATE of epoch {epoch} came twice")
         self._begin()
-        self._state = self._decoder.decode_state(frame.flags, frame.payload)
-        self._totals.add(len(frame.payload), frame.crc)
+        self._incoming.take_state(frame)
 
     def _complete(self, frame: Frame) -> tuple[Committed, Awaitable[None] | None]:
         """Compare COMMIT with what came, and tell :class:`Standby`."""
         self._commit_ns = time.monotonic_ns()
-        epoch = self._epoch(frame)
-        if epoch > 0 and self._state is None:
-            raise ProtocolError(f"COMMIT of epoch {epoch} came without its STATE")
-        age_ns = self._totals.compare(frame)
-        committed = Committed(
-            epoch=epoch,
-            state=self._state or b"",
-            pages=self._totals.pages,
-            wire_bytes=self._totals.wire_bytes,
-            # Nothing but heartbeats follows COMMIT, so this is when it came.
-            captured_at=self.link.last_heard - age_ns / 1e9,
-        )
+        # Nothing but heartbeats follows COMMIT, so that is when it came.
+        committed = self._incoming.complete(frame, self.link.last_heard)
         return committed, self._standby.committed(committed)
 
     def _commit_at_once(self, frame: Frame) -> bool:
@@ -399,7 +341,7 @@ class Receiver:
             self.link.push()
             reach("ack-sent")
         finally:
-            self._apply_all(committed.epoch)
+            self._apply()
             self._end_epoch()
         return True
 
@@ -414,7 +356,7 @@ class Receiver:
             await self.link.flush()
             reach("ack-sent")
         finally:
-            await self._work(self._staged_bytes, self._apply_all, committed.epoch)
+            await self._work(self._incoming.size, self._apply)
             self._end_epoch()
 
     def _acknowledge(self, committed: Committed) -> None:
@@ -424,14 +366,9 @@ class Receiver:
         self.link.put(FrameType.ACK, epoch=committed.epoch)
         self._ack_ns = time.monotonic_ns()
 
-    def _apply_all(self, epoch: int) -> None:
+    def _apply(self) -> None:
         assert self.shell is not None
-        try:
-            for batch in self._staged:
-                reach("apply-batch")
-                self._decoder.apply(batch, self.shell.memory)
-        except (ValueError, OSError) as error:
-            raise ApplyError(f"epoch {epoch} could not be applied: {error}") from error
+        self._incoming.apply(self.shell.memory)
 
     def _end_epoch(self) -> None:
         reach("applied")
@@ -443,10 +380,8 @@ class Receiver:
                 self._ack_ns - self._commit_ns,
                 now - self._ack_ns,
             )
-        self._begun_ns = self._staged_bytes = 0
-        self._staged = []
-        self._totals = Totals()
-        self._state = None
+        self._begun_ns = 0
+        self._incoming.next()
         self.runstate = Runstate.PROTECTING
 
     async def _on_handover(self, frame: Frame) -> None:

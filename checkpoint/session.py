@@ -9,14 +9,8 @@ is what every waiting and later call raises.
 
 from __future__ import annotations
 
-from checkpoint.receiver import (
-    ApplyError,
-    Committed,
-    Outcome,
-    Receiver,
-    StaleGeneration,
-    Standby,
-)
+from checkpoint.incoming import ApplyError, Committed
+from checkpoint.receiver import Outcome, Receiver, StaleGeneration, Standby
 from checkpoint.runstate import Runstate, StateError
 from checkpoint.sender import Declined, Sender, Sent
 

@@ -19,9 +19,10 @@ from typing import Any, Final, Protocol
 from checkpoint.driver import Description, Shell
 from checkpoint.errors import CheckpointError
 from checkpoint.faultpoints import reach
+from checkpoint.incoming import Committed
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
-from checkpoint.receiver import Committed, Receiver, StaleGeneration
+from checkpoint.receiver import Receiver, StaleGeneration
 from kemari.actions import (
     Actions,
     DestroyShell,

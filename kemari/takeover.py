@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from checkpoint.driver import Shell
 from checkpoint.errors import ReviveError
 from checkpoint.faultpoints import reach
-from checkpoint.receiver import Committed
+from checkpoint.incoming import Committed
 from checkpoint.stages import Laps
 from kemari.host import Host
 from kemari.ledger import Role

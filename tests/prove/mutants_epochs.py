@@ -12,6 +12,7 @@ _EPOCH: Final = "kemari/epoch.py"
 _SUCCESSOR: Final = "kemari/successor.py"
 _TAKEOVER: Final = "kemari/takeover.py"
 _RECEIVER: Final = "checkpoint/receiver.py"
+_INCOMING: Final = "checkpoint/incoming.py"
 _MEMORY: Final = "checkpoint/memory.py"
 
 EPOCHS: Final[tuple[Mutant, ...]] = (
@@ -111,16 +112,16 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _RECEIVER,
-                "        self._staged.append(batch)\n",
-                "        self._staged.append(batch)\n"
-                "        if len(self._staged) == 1:\n"
-                "            self.link.put(FrameType.ACK, epoch=epoch)\n"
-                "            self.link.push()\n",
+                "                self._incoming.hold(frame, batch)\n",
+                "                if not self._incoming.size:\n"
+                "                    self.link.put(FrameType.ACK, epoch=frame.epoch)\n"
+                "                    self.link.push()\n"
+                "                self._incoming.hold(frame, batch)\n",
             ),
             Edit(
                 _RECEIVER,
                 "        self.link.put(FrameType.ACK, epoch=committed.epoch)\n",
-                "        if committed.epoch == 0 or not self._staged:\n"
+                "        if committed.epoch == 0 or not self._incoming.size:\n"
                 "            self.link.put(FrameType.ACK, epoch=committed.epoch)\n",
             ),
         ),
@@ -131,7 +132,7 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         "COMMIT's totals are compared with what came",
         (
             Edit(
-                _RECEIVER,
+                _INCOMING,
                 "        age_ns = self._totals.compare(frame)\n",
                 '        age_ns = int.from_bytes(frame.payload[24:32], "little")\n',
             ),
@@ -157,9 +158,9 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         "all of an acknowledged epoch is applied",
         (
             Edit(
-                _RECEIVER,
-                "            for batch in self._staged:\n",
-                "            for batch in self._staged[: len(self._staged) // 2]:\n",
+                _INCOMING,
+                "            for batch in self._batches:\n",
+                "            for batch in self._batches[: len(self._batches) // 2]:\n",
             ),
         ),
     ),
@@ -169,14 +170,14 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _RECEIVER,
-                "        self._staged.append(batch)\n",
-                "        self._staged.append(batch)\n"
-                "        if self.shell is not None:\n"
-                "            self._decoder.apply(batch, self.shell.memory)\n",
+                "                self._incoming.hold(frame, batch)\n",
+                "                self._incoming.hold(frame, batch)\n"
+                "                if self.shell is not None:\n"
+                "                    self._decoder.apply(batch, self.shell.memory)\n",
             ),
             Edit(
-                _RECEIVER,
-                "                self._decoder.apply(batch, self.shell.memory)\n"
+                _INCOMING,
+                "                self._decoder.apply(batch, memory)\n"
                 "        except (ValueError, OSError)",
                 "                batch.body\n        except (ValueError, OSError)",
             ),
@@ -187,7 +188,7 @@ EPOCHS: Final[tuple[Mutant, ...]] = (
         "a guest is revived with the machine state of the last epoch",
         (
             Edit(
-                _RECEIVER,
+                _INCOMING,
                 "        self._state = self._decoder.decode_state(frame.flags, frame.payload)\n",
                 "        state = self._decoder.decode_state(frame.flags, frame.payload)\n"
                 '        self._first = getattr(self, "_first", state)\n'

@@ -77,9 +77,9 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         "disk-of-another-epoch-taken",
         "records of an epoch that is not due are refused",
         Edit(
-            "checkpoint/receiver.py",
-            "        if frame.epoch != due:\n",
-            "        if frame.epoch < due:\n",
+            "checkpoint/incoming.py",
+            "        if frame.epoch != self.number:\n",
+            "        if frame.epoch < self.number:\n",
         ),
         tests=("tests/unit/test_session_writes.py",),
     ),
