@@ -121,6 +121,9 @@ class Cycle:
         self._changed = 0  # pages of the last epoch that the standby did not have so
         self._kept_pages = min(KEPT_PAGES, source.description.pages // KEPT_SHARE)
         self._begun_ns = self._captured_ns = self._release_ns = 0
+        #: When the first frame was seen that no capture has begun for, 0 without one; and how long
+        #: the first one of the last epoch had waited for its capture.
+        self._held_since_ns = self._wait_ns = 0
         #: Boot times: of the capture, and when the standby surely had not taken over.
         self._captured_boot_ns = self._trusted_ns = 0
         self._stages: tuple[int, ...] = ()
@@ -181,9 +184,11 @@ class Cycle:
         machine = self._keeper.machine
         try:
             awaited = machine.capturing or machine.captured > machine.acked
-            if awaited or machine.state is not PrimaryState.PROTECTED:
-                if self._output.drain() == 0:
-                    return
+            aside = awaited or machine.state is not PrimaryState.PROTECTED
+            if aside and self._output.drain() == 0:
+                return
+            self._held_since_ns = self._held_since_ns or time.monotonic_ns()
+            if aside:
                 full = not machine.stalled and self._look()
                 self._keeper.do(machine.buffer_full() if full else machine.output_held())
                 return
@@ -327,6 +332,8 @@ class Cycle:
             self._left = True
             return
         # Frames that were seen until now belong to the epoch that is closed: no new trigger.
+        since, self._held_since_ns = self._held_since_ns, 0
+        self._wait_ns = max(0, self._begun_ns - since) if since else 0
         reach("output-close")
         self._output.drain()
         self._drained = True
@@ -348,7 +355,7 @@ class Cycle:
                 measured = (outcome.settle_ns, outcome.close_ns, outcome.copy_ns)
                 self._captured_ns = outcome.at_ns
                 whole = time.monotonic_ns() - self._begun_ns
-                self._stages = (whole - sum(measured), *measured)
+                self._stages = (self._wait_ns, whole - sum(measured), *measured)
                 keeper.do(keeper.machine.captured_epoch(number))
             case NotQuiescent():
                 keeper.statistics.not_quiescent += 1

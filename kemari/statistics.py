@@ -67,9 +67,10 @@ class Statistics:
     :ivar commit_ms: from the pause to the ack: how long output of that epoch waited at most
     :ivar pages: pages per checkpoint
     :ivar wire_bytes: bytes sent per checkpoint
-    :ivar stages: how long each stage of a checkpoint took: from what caused it to the pause
-        ("prepare"), the pause in three parts, coding, handing over to the kernel ("send"), waiting
-        for the standby ("ack"), letting output go
+    :ivar stages: how long each stage of a checkpoint took: from the first frame held for it to its
+        begin ("wait", 0 if there was none), from there to the pause ("prepare"), the pause in three
+        parts, coding, handing over to the kernel ("send"), waiting for the standby ("ack"), letting
+        output go
     """
 
     checkpoints: int = 0
@@ -88,7 +89,7 @@ class Statistics:
     wire_bytes: Reservoir = field(default_factory=Reservoir)
     stages: Stages = field(
         default_factory=lambda: Stages(
-            "prepare", "settle", "close", "copy", "encode", "send", "ack", "release"
+            "wait", "prepare", "settle", "close", "copy", "encode", "send", "ack", "release"
         )
     )
 

@@ -271,6 +271,20 @@ def test_full_buffer_stalls_the_guest_and_is_counted(tmp_path: Path) -> None:
         assert figures["stalls"] > figures["late"]
 
 
+def test_how_long_output_waits_for_its_capture_is_counted(tmp_path: Path) -> None:
+    with Pair(tmp_path, interval_ms=60_000) as pair:
+        pair.protect()
+        pair.talk(1)
+        pair.fabric.delay = 0.05
+        for number in range(1, 100):
+            pair.guest.request(number)
+            threading.Event().wait(0.002)
+        await_true(lambda: len(pair.answers()) == 100, "all answers")
+        # What is sent while an epoch is on its way, there and back again, waits for the next one.
+        stages = pair.a.status("web")["statistics"]["stages_ms"]
+        assert stages["wait"]["p99"] > 20
+
+
 def test_a_guest_that_outpaces_its_standby_waits_for_it_and_not_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
