@@ -118,7 +118,7 @@ class Comparison:
             cpu=(last.cpu[0] - first.cpu[0], last.cpu[1] - first.cpu[1]),
             free=last.free,
             pause=pause,
-            encode=after.encode_ms,
+            stages=after.stages_ms,
         )
 
 

@@ -51,7 +51,8 @@ class Sample:
     :ivar free: bytes of memory that each Dom0 had left at the end
     :ivar pause: milliseconds for which the guest was paused for a checkpoint on average, by the
         protection's own clock; None where there is none
-    :ivar encode: milliseconds that coding a checkpoint took, the median by that clock; likewise
+    :ivar stages: milliseconds that each stage of a checkpoint took, the median by that clock since
+        the protection began; empty where there is none
     """
 
     way: str
@@ -67,7 +68,7 @@ class Sample:
     cpu: tuple[float, float]
     free: tuple[int, int]
     pause: float | None
-    encode: float | None
+    stages: Mapping[str, float]
 
     @property
     def rate(self) -> float:
@@ -120,7 +121,7 @@ class Sample:
             "dom0_cpu_s": list(self.cpu),
             "dom0_free_bytes": list(self.free),
             "pause_ms": self.pause,
-            "encode_ms": self.encode,
+            "stages_ms": dict(self.stages),
         }
 
 
@@ -141,7 +142,8 @@ def _one(parts: Sequence[Sample]) -> Sample:
     paused = [part for part in parts if part.pause is not None]
     counted = sum(part.checkpoints for part in paused)
     gaps = [part.gaps for part in parts if part.gaps]
-    encoded = [part.encode for part in parts if part.encode is not None]
+    staged = [part for part in parts if part.stages]
+    names = staged[0].stages if staged else ()
     return Sample(
         way=first.way,
         case=first.case,
@@ -158,7 +160,7 @@ def _one(parts: Sequence[Sample]) -> Sample:
         pause=sum(part.checkpoints * (part.pause or 0) for part in paused) / counted
         if counted
         else None,
-        encode=statistics.median(encoded) if encoded else None,
+        stages={name: statistics.median(part.stages[name] for part in staged) for name in names},
     )
 
 
@@ -255,12 +257,13 @@ class Limit:
 def limit(table: Table, round_trip: float) -> Limit | None:
     """The model's limit and what came of it; None if something for it was not measured."""
     plain, kemari = table.get((ONE, UNPROTECTED)), table.get((ONE, KEMARI))
-    if plain is None or kemari is None or kemari.pause is None or kemari.encode is None:
+    if plain is None or kemari is None or kemari.pause is None:
         return None
+    encode = kemari.stages.get("encode")
     before, after = plain.latency(0.5), kemari.latency(0.5)
-    if before is None or after is None:
+    if before is None or after is None or encode is None:
         return None
-    return Limit(before, kemari.pause, round_trip, kemari.encode, after)
+    return Limit(before, kemari.pause, round_trip, encode, after)
 
 
 def _wire_per_second(sample: Sample) -> float:

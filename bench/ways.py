@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -44,12 +45,12 @@ class State:
 
     :ivar checkpoints: since it began
     :ivar paused_ms: for which the guest was paused for all of them; None without a clock for it
-    :ivar encode_ms: that one of the last took to be coded, the median; None likewise
+    :ivar stages_ms: what each stage of the last ones took, the median; empty likewise
     """
 
     checkpoints: int = 0
     paused_ms: float | None = None
-    encode_ms: float | None = None
+    stages_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Way(Protocol):
@@ -128,9 +129,9 @@ def parse_status(line: str) -> State:
         figures: dict[str, Any] = guest["statistics"]
         checkpoints = int(figures["checkpoints"])
         if guest["protected"]:
-            encode = float(figures["stages_ms"]["encode"]["p50"])
-            return State(checkpoints, figures["pause_ms"]["mean"] * checkpoints, encode)
-    except (ValueError, KeyError, TypeError):
+            stages = {name: float(of["p50"]) for name, of in figures["stages_ms"].items()}
+            return State(checkpoints, figures["pause_ms"]["mean"] * checkpoints, stages)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise LabError("kemarid's status cannot be read; expected one guest's.", line) from None
     raise LabError(f"The guest is {guest['state']} ({guest['why']}); expected it protected.")
 

@@ -87,7 +87,7 @@ def sample(way: str, case: str = "rr-1", **values: object) -> Sample:
         cpu=(1.0, 0.5),
         free=(100 << 20, 200 << 20),
         pause=None,
-        encode=None,
+        stages={},
     )
     return replace(plain, **values)  # type: ignore[arg-type]
 
@@ -120,7 +120,9 @@ def test_rounds_are_added_up() -> None:
         sample(
             "kemari", latencies=[3], pause=6.0, checkpoints=20, wire=30, free=(90 << 20, 210 << 20)
         ),
+        sample("kemari", seconds=0.0, work=0.0, cpu=(0.0, 0.0), stages={"ack": 3.0}),
     ).values()
+    assert one.stages == {"ack": 3.0}
     assert (one.seconds, one.work, one.wire, list(one.latencies)) == (20, 160, 40, [1, 2, 3])
     assert (one.cpu, one.free) == ((2.0, 1.0), (90 << 20, 200 << 20))
     assert one.pause == 5
@@ -164,15 +166,16 @@ def test_bytes_of_a_writer_are_counted_for_each_page_that_it_could_write() -> No
 def test_an_answer_is_held_against_what_it_cannot_do_without() -> None:
     given = [
         sample("unprotected", latencies=[2.0, 3.0, 9.0]),
-        sample("kemari", latencies=[18.0, 20.0, 50.0], pause=2.0, encode=1.0, checkpoints=9),
+        sample("kemari", latencies=[18.0, 20.0, 50.0], pause=2.0, checkpoints=9),
     ]
+    given[1] = replace(given[1], stages={"wait": 7.0, "encode": 1.0})
     found = samples.limit(table(*given), 4.0)
     assert found is not None
     assert found.total == 12.0
     assert found.ratio == pytest.approx(20 / 12)
     assert "= 12.0 ms; measured: 20.0 ms, 1.67 times that" in str(found)
     assert samples.limit(table(*given[:1]), 4.0) is None
-    assert samples.limit(table(given[0], replace(given[1], encode=None)), 4.0) is None
+    assert samples.limit(table(given[0], replace(given[1], stages={})), 4.0) is None
 
 
 def test_what_was_not_measured_is_null_in_the_closing_line() -> None:
@@ -292,7 +295,7 @@ def status(**values: object) -> str:
 
 
 def test_checkpoints_are_those_of_the_protected_guest() -> None:
-    assert ways.parse_status(status()) == ways.State(12, 60.0, 0.9)
+    assert ways.parse_status(status()) == ways.State(12, 60.0, {"encode": 0.9})
     with pytest.raises(LabError, match=r"unprotected \(the link broke\)"):
         ways.parse_status(status(protected=False, state="unprotected", why="the link broke"))
     with pytest.raises(LabError, match="cannot be read"):
