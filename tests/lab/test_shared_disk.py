@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.faults import armed, freshly_protected, well_again
 from tests.lab.storage import DEVICE, SharedWorld, Storage
 from vagrant.demolib.hosts import domains
 from vagrant.demolib.ledger import Writers
@@ -22,6 +24,8 @@ pytestmark = pytest.mark.long
 SOME = 25
 DISK_MIB = 32
 CUTS = 2
+#: Which time of a fault point that comes again and again.
+OFTEN = 10
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,27 @@ def test_power_cuts_under_a_database(world: SharedWorld) -> None:
         pair = world.protected()
         world.kemari(pair.primary, "failover", "demo")
         world.moves += 1
+        clients.wait_done(SOME)
+        assert clients.stop() == []
+    shut_down_and_check(world)
+
+
+@pytest.mark.parametrize(("side", "point"), [("primary", "put-issued"), ("standby", "got-issued")])
+def test_a_death_while_it_is_told_what_the_storage_has(
+    world: SharedWorld, side: str, point: str
+) -> None:
+    pair = world.unprotected()
+    dead = getattr(pair, side)
+    with (
+        writers(world, "issued") as clients,
+        armed(world, dead, f"{point}:kill:{OFTEN}") as faults,
+    ):
+        freshly_protected(world, pair)
+        began = time.time()
+        clients.wait_done(SOME)
+        faults.wait()
+        world.awake(dead, began)
+        well_again(world, pair)
         clients.wait_done(SOME)
         assert clients.stop() == []
     shut_down_and_check(world)

@@ -28,6 +28,8 @@ from tests.prove.mutants import MUTANTS
 
 #: Cases of the sweep that a worker process takes at a time.
 _BATCH = 50
+#: Modules of tests/lab that are part of the proof.
+LAB = ("audit", "faults", "fault_points", "disk_fault_points")
 
 
 class Proof:
@@ -80,7 +82,7 @@ class Proof:
         report.parent.mkdir(exist_ok=True)
         report.unlink(missing_ok=True)
         state = root / "out" / "lab-prove"
-        tests = [f"tests/lab/test_{name}.py" for name in ("audit", "faults", "fault_points")]
+        tests = [f"tests/lab/test_{name}.py" for name in LAB]
         words = [f"--junitxml={report}", f"--lab-state={state}", *tests]
         try:
             subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=root, check=False)
