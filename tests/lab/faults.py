@@ -64,10 +64,6 @@ class Faults:
         point, action, *_ = fault.split(":")
         assert f"{HAPPENS} {point}: {action}" in done, f"{fault} did not happen on {self._host}"
 
-    def skip(self) -> None:
-        """The next fault will not happen: its daemon ends before, with its host."""
-        self._faults.pop(0)
-
     def disarm(self) -> None:
         """No faults from the next start on."""
         self._ssh(f"rm -f {MARKER} {ENVIRONMENT} {QUEUE}")

@@ -10,15 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
 import pytest
 
-from checkpoint.xen.shell import SUFFIX
 from tests.lab.faults import armed
 from tests.lab.protection_world import World
 from tests.lab.test_disk import DISK_MIB, PAUSE_MS, SOME
-from tests.lab.test_fault_points import HEARTBEAT_MS, host, kills
+from tests.lab.test_fault_points import HEARTBEAT_MS, kills
 from vagrant.demolib import databases
 from vagrant.demolib.stage import end_and_check_disks
 from vagrant.lablib.guest import DATA, GuestOptions
@@ -28,30 +26,13 @@ from vagrant.lablib.lab import Lab
 #: For `make prove`, not for `make check`.
 pytestmark = pytest.mark.long
 
-#: Which time of a point that comes again and again.
-OFTEN: Final = 10
-
 #: Where two disks become a pair; each attempt comes one point further.
 PAIR = ("disk-marked", "disk-recorded", "disk-merged", "disk-streaming")
-# What the daemon of each side goes through with each epoch, and now and then ...
-PRIMARY_GOES_ON = (
-    *("disks-closed", "put-writes", "got-applied", "disks-tell", "disks-told"),
-    *("put-heartbeat", "got-heartbeat"),
-)
-STANDBY_GOES_ON = (
-    *("got-writes", "put-applied", "replica-apply", "replica-written", "replica-flushed"),
-    *("put-heartbeat", "got-heartbeat"),
-)
-# ... and when it comes back and its copy is brought up to date.
+#: Where the standby comes back and its copy is brought up to date.
 STANDBY_COMES_BACK = (
     *("replica-recorded", "replica-apply", "replica-written", "replica-flushed"),
     *("replica-consistent", "replica-unmarked"),
 )
-CHAINS: Final = {
-    "primary-goes-on": ("primary", PRIMARY_GOES_ON, OFTEN),
-    "standby-comes-back": ("standby", STANDBY_COMES_BACK, 1),
-    "standby-goes-on": ("standby", STANDBY_GOES_ON, OFTEN),
-}
 #: Of the standby to which the guest is moved.
 MOVE = (
     *("disks-settle", "disks-settled", "replica-marked", "replica-disk"),
@@ -93,12 +74,10 @@ def test_deaths_while_two_disks_become_a_pair(world: World) -> None:
         world.only_on(pair.primary)
 
 
-@pytest.mark.parametrize(("side", "points", "nth"), CHAINS.values(), ids=CHAINS)
-def test_deaths_one_after_the_other(
-    world: World, side: str, points: tuple[str, ...], nth: int
-) -> None:
+def test_deaths_of_a_standby_that_comes_back(world: World) -> None:
     pair = world.protected()
-    with writing(world), armed(world, host(pair, side), *kills(points, nth)) as faults:
+    points = kills(STANDBY_COMES_BACK, 1)
+    with writing(world), armed(world, pair.standby, *points) as faults:
         for _ in points:
             faults.wait()
         told = world.events(pair.primary)
@@ -123,11 +102,11 @@ def test_deaths_of_the_host_that_the_guest_is_moved_to(world: World) -> None:
             assert clients.noticed() == []
 
 
-@pytest.mark.parametrize(("side", "point"), [("standby", "put-error"), ("primary", "got-error")])
-def test_a_death_while_the_standby_refuses(world: World, side: str, point: str) -> None:
+def test_a_death_on_being_refused(world: World) -> None:
+    """The standby's disk is away."""
     pair = world.unprotected()
-    lab, dead = world.lab, host(pair, side)
-    with writing(world), armed(world, dead, *kills([point], 1)) as faults:
+    lab = world.lab
+    with writing(world), armed(world, pair.primary, *kills(["got-error"], 1)) as faults:
         lab.ssh(pair.standby, f"mv {DATA} {DATA}.away")
         began = time.time()
         try:
@@ -136,26 +115,8 @@ def test_a_death_while_the_standby_refuses(world: World, side: str, point: str) 
             lab.ssh(pair.standby, f"mv {DATA}.away {DATA}")
         assert reply.status != 0
         faults.wait()
-        world.awake(dead, began)
+        world.awake(pair.primary, began)
         assert world.protected() == pair
-        world.only_on(pair.primary)
-
-
-@pytest.mark.parametrize(
-    ("side", "point"), [("standby", "put-declined"), ("primary", "got-declined")]
-)
-def test_a_death_while_the_standby_declines(world: World, side: str, point: str) -> None:
-    """The shell is gone, so that the guest cannot be moved."""
-    pair = world.protected()
-    told = world.events(pair.primary)
-    with writing(world), armed(world, host(pair, side), *kills([point], 1)) as faults:
-        told.wait("protected", since=told.seen)
-        world.lab.ssh(pair.standby, f"xl destroy {GUEST}{SUFFIX}")
-        mark = told.seen
-        reply = world.kemari(pair.primary, "failover", GUEST, check=False)
-        assert reply.status != 0
-        faults.wait()
-        told.wait("protected", since=mark)
         world.only_on(pair.primary)
 
 

@@ -123,30 +123,6 @@ def test_a_death_while_the_guest_is_moved(world: World, side: str, point: str) -
             well_again(world, pair)
 
 
-def test_deaths_of_a_daemon_that_comes_back_where_its_guest_is_no_more(world: World) -> None:
-    """Its host lost power, the standby has taken over."""
-    pair = world.unprotected()
-    # The first one is of the daemon that ends with its host.
-    points = ("recover-give-up", "recover-give-up", "recover-destroyed")
-    with armed(world, pair.primary, *kills(points, 1)) as faults:
-        freshly_protected(world, pair)
-        with clients(world):
-            # The log tells how many faults have happened, and what is not synced may be lost.
-            world.lab.ssh(pair.primary, "sync")
-            there = world.events(pair.standby)
-            mark = there.seen
-            world.cut(pair.primary)
-            there.wait("takeover", since=mark)
-            world.moves += 1
-            faults.skip()
-            began = time.time() - 5
-            world.lab.boot(pair.primary)
-            for _ in points[1:]:
-                faults.wait()
-            world.awake(pair.primary, began)
-            well_again(world, world.protected())
-
-
 def host(pair: Pair, side: str) -> str:
     """The host on that side."""
     return pair.primary if side == "primary" else pair.standby
