@@ -11,6 +11,7 @@ from kemari.faultpoints import MARKER, VARIABLE
 from tests.lab.protection_world import Pair, World
 from tests.prove.registers import Registers
 from vagrant.demolib.verdict import judge
+from vagrant.lablib.guest import NAME as GUEST
 
 #: Answers on each connection that show that it works.
 SOME = 20
@@ -107,6 +108,17 @@ def freshly_protected(world: World, pair: Pair) -> None:
     mark = told.seen
     assert world.protected() == pair
     told.wait("protected", since=mark)
+
+
+def move_in_vain(world: World, pair: Pair, faults: Faults) -> None:
+    """A planned move that the next fault brings to nothing: the guest goes on where it was."""
+    told = world.events(pair.primary)
+    mark = told.seen
+    reply = world.kemari(pair.primary, "failover", GUEST, check=False)
+    assert reply.status != 0
+    faults.wait()
+    told.wait("protected", since=mark)
+    world.only_on(pair.primary)
 
 
 def well_again(world: World, before: Pair) -> None:

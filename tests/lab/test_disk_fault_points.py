@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.lab.faults import armed
+from tests.lab.faults import armed, move_in_vain
 from tests.lab.protection_world import World
 from tests.lab.test_disk import DISK_MIB, PAUSE_MS, SOME
 from tests.lab.test_fault_points import HEARTBEAT_MS, kills
@@ -92,12 +92,7 @@ def test_deaths_of_the_host_that_the_guest_is_moved_to(world: World) -> None:
     with writing(world) as clients, armed(world, pair.standby, *kills(MOVE, 1)) as faults:
         told.wait("protected", since=told.seen)
         for _ in MOVE:
-            mark = told.seen
-            reply = world.kemari(pair.primary, "failover", GUEST, check=False)
-            assert reply.status != 0
-            faults.wait()
-            told.wait("protected", since=mark)
-            world.only_on(pair.primary)
+            move_in_vain(world, pair, faults)
             clients.wait_done(SOME)
             assert clients.noticed() == []
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.faults import armed, clients, freshly_protected, well_again
+from tests.lab.faults import armed, clients, freshly_protected, move_in_vain, well_again
 from tests.lab.protection_world import World
-from vagrant.lablib.guest import NAME as GUEST
 
 #: For `make prove`, not for `make check`.
 pytestmark = pytest.mark.long
@@ -53,12 +52,6 @@ def test_a_standby_that_dies_while_the_guest_is_handed_over(world: World, point:
     pair = world.unprotected()
     with armed(world, pair.standby, f"{point}:kill") as faults:
         freshly_protected(world, pair)
-        told = world.events(pair.primary)
         with clients(world):
-            mark = told.seen
-            reply = world.kemari(pair.primary, "failover", GUEST, check=False)
-            assert reply.status != 0
-            faults.wait()
-            told.wait("protected", since=mark)
-            world.only_on(pair.primary)
+            move_in_vain(world, pair, faults)
             well_again(world, pair)
