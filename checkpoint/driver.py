@@ -224,6 +224,10 @@ class Source(Protocol):
         """End dirty tracking and release every mapping (idempotent); the guest goes on."""
 
 
+def nothing() -> None:
+    """What is done where there is nothing to do."""
+
+
 class Shell(Protocol):
     """The paused, not yet living twin of a guest on the standby.
 
@@ -240,10 +244,11 @@ class Shell(Protocol):
         :raise CheckpointError: it could not
         """
 
-    def revive(self, state: bytes, elapsed_ns: int) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
         """Run the guest from ``memory`` and ``state``.
 
         :param elapsed_ns: time since the capture of that state: the guest's clocks go on by it
+        :param ready: called right before the guest runs: its devices take requests and frames
         :raise ReviveError: it cannot run; the shell still exists, paused
         """
 

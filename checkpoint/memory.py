@@ -27,7 +27,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 
-from checkpoint.driver import PAGE_SIZE, Auditor, Captured, Description, Disk, Nic, Staging
+from checkpoint.driver import (
+    PAGE_SIZE,
+    Auditor,
+    Captured,
+    Description,
+    Disk,
+    Nic,
+    Staging,
+    nothing,
+)
 from checkpoint.errors import CheckpointError, NotQuiescent, ReviveError, UnsupportedGuest
 from checkpoint.faultpoints import reach
 
@@ -327,7 +336,7 @@ class MemoryShell:
         if "answered" not in json.loads(state):
             raise ReviveError("the state does not say how much the guest has answered")
 
-    def revive(self, state: bytes, elapsed_ns: int) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
         """Run the guest."""
         self._hypervisor.reached("revive")
         saved = json.loads(state)
@@ -341,6 +350,7 @@ class MemoryShell:
         reach("revive-vcpus")
         name = self._guest.description.name
         reach("revive-backends")
+        ready()
         reach("revive-unpause")
         self._hypervisor.shells.pop(name, None)
         self._hypervisor.guests[name] = self._guest

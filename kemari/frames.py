@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from checkpoint.driver import Nic
 from netbuffer import plug
 from netbuffer.announce import announce
+from netbuffer.backlog import Backlog
 from netbuffer.errors import NetbufferError
 from netbuffer.plug import OutputBuffer
 from netbuffer.tap import Tap
@@ -93,6 +94,41 @@ class FrameOutput:
             raise errors[0]
 
 
+class FrameBacklog:
+    """What is sent to the network interfaces of one guest; see :class:`kemari.output.Backlog`.
+
+    :raise NetbufferError: it cannot be kept
+    """
+
+    def __init__(self, nics: Sequence[Nic]) -> None:
+        self._kept: list[tuple[str, Backlog]] = []
+        try:
+            for nic in nics:
+                if nic.bridge:
+                    self._kept.append((nic.vif, Backlog(nic.bridge, nic.mac)))
+        except BaseException:
+            self.close()
+            raise
+
+    def deliver(self) -> int:
+        """Hand it to the guest; a failure on one interface does not keep the others'."""
+        errors: list[NetbufferError] = []
+        count = 0
+        for vif, backlog in self._kept:
+            try:
+                count += backlog.deliver(vif)
+            except NetbufferError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return count
+
+    def close(self) -> None:
+        """Forget it."""
+        for _, backlog in self._kept:
+            backlog.close()
+
+
 class FrameNetwork:
     """This host's network; see :class:`kemari.output.Network`."""
 
@@ -113,6 +149,10 @@ class FrameNetwork:
             f"removed the output buffer of {device} that was left behind: "
             f"{removal.released_packets} frames released, {removal.dropped_packets} dropped"
         )
+
+    def backlog(self, nics: Sequence[Nic]) -> FrameBacklog:
+        """Keep what is sent to ``nics``, by the bridge of each."""
+        return FrameBacklog(nics)
 
     async def announce(self, nics: Sequence[Nic]) -> None:
         """Send announcements by the bridge of each interface; returns when the last is sent."""

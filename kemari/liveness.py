@@ -14,8 +14,9 @@ The verdicts:
   beat of each other, and the one that fell silent last must not pass for a living host.
 - ``ALIVE``: otherwise.
 
-A process that was itself stopped or busy hears nothing either.  ``tick`` is called at a steady
-pace; when it comes late, the lateness is not counted as the other host's silence.
+A process that was itself stopped or busy hears nothing either.  ``tick`` is called when it is due,
+at a steady pace and at the very end of the time-out; when it comes late, the lateness is not
+counted as the other host's silence.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from typing import Final
 
 #: Beats per time-out: one lost or late beat does not matter.
 BEATS: Final = 5
+
+#: Seconds between two ticks at least: more than what is lost in arithmetic.
+_SHORTEST: Final = 0.001
 
 #: Name of the replication link among the paths.
 REPLICATION: Final = "replication"
@@ -55,16 +59,17 @@ class Watch:
 
     :param timeout: seconds of silence that mean death
     :param now: the time at which watching begins; counts as evidence
+    :ivar due: when :meth:`tick` is to be called next
     """
 
     def __init__(self, timeout: float, now: float) -> None:
         self.timeout = timeout
         self._paths: dict[str, _Path] = {REPLICATION: _Path(now)}
-        self._ticked = now
+        self.due = now + self.pace
 
     @property
     def pace(self) -> float:
-        """Seconds between two calls of :meth:`tick`, and between two beats sent."""
+        """Seconds between two calls of :meth:`tick` at most, and between two beats sent."""
         return self.timeout / BEATS
 
     @property
@@ -84,16 +89,17 @@ class Watch:
         self._paths[path].open = False
 
     def tick(self, now: float) -> Verdict:
-        """Judge.  To be called every :attr:`pace` seconds.
+        """Judge.  To be called at :attr:`due`.
 
         Evidence that arrived must be reported before the tick that follows it.
         """
-        late = now - self._ticked - self.pace
-        self._ticked = now
+        late = now - self.due
         if late > self.pace / 2:
             # We slept: what the others sent meanwhile may still lie unread in our sockets.
             for path in self._paths.values():
                 path.evidence = min(now, path.evidence + late)
+        left = self.timeout - self.silence(now)
+        self.due = now + (min(self.pace, max(left, _SHORTEST)) if left > 0 else self.pace)
         return self._verdict(now)
 
     def _verdict(self, now: float) -> Verdict:
@@ -120,7 +126,7 @@ async def until_silent(
     :return: what is known then; None if it is over
     """
     while not over():
-        await asyncio.sleep(watch.pace)
+        await asyncio.sleep(watch.due - time.monotonic())
         for path, when in evidence().items():
             watch.heard(path, when)
         verdict = watch.tick(time.monotonic())

@@ -113,10 +113,34 @@ class MemoryOutput:
             self._event = -1
 
 
+class MemoryBacklog:
+    """See :class:`kemari.output.Backlog`.
+
+    :ivar frames: what tests have put there
+    """
+
+    def __init__(self, network: MemoryNetwork) -> None:
+        self.frames: list[bytes] = []
+        self._network = network
+
+    def deliver(self) -> int:
+        """Hand it over."""
+        self.close()
+        self._network.delivered += self.frames
+        return len(self.frames)
+
+    def close(self) -> None:
+        """Forget it."""
+        if self in self._network.backlogs:
+            self._network.backlogs.remove(self)
+
+
 class MemoryNetwork:
     """One host's network; see :class:`kemari.output.Network`.
 
     :ivar buffers: device -> its buffer; outlives the daemon, as the kernel's does
+    :ivar backlogs: those that are open
+    :ivar delivered: what guests got out of them
     :ivar powered: without power nothing leaves
     """
 
@@ -124,6 +148,8 @@ class MemoryNetwork:
         self.host = host
         self.switch = switch
         self.buffers: dict[str, MemoryOutput] = {}
+        self.backlogs: list[MemoryBacklog] = []
+        self.delivered: list[bytes] = []
         self.powered = True
         self._lock = threading.Lock()
 
@@ -157,6 +183,11 @@ class MemoryNetwork:
             return ""
         buffer.teardown(drop=not release)
         return f"removed the output buffer of {device} that was left behind"
+
+    def backlog(self, nics: Sequence[Nic]) -> MemoryBacklog:
+        """Keep what tests put there."""
+        self.backlogs.append(MemoryBacklog(self))
+        return self.backlogs[-1]
 
     async def announce(self, nics: Sequence[Nic]) -> None:
         """Tell the switch."""

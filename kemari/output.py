@@ -41,6 +41,16 @@ class Output(Protocol):
         """Remove the buffer (idempotent); what is held leaves, or is dropped."""
 
 
+class Backlog(Protocol):
+    """What passes this host on its way to a guest that no host runs."""
+
+    def deliver(self) -> int:
+        """Hand it to the guest, which runs here now, and close; how many frames."""
+
+    def close(self) -> None:
+        """Forget it (idempotent)."""
+
+
 class Network(Protocol):
     """A host's way to hold output, and to tell the network where a guest is."""
 
@@ -59,6 +69,9 @@ class Network(Protocol):
         :param release: let the held frames leave; otherwise they are dropped
         :return: what was found, as a clause; "" if nothing
         """
+
+    def backlog(self, nics: Sequence[Nic]) -> Backlog:
+        """Keep, from now on, what is sent to ``nics``, which no host has as far as is known."""
 
     async def announce(self, nics: Sequence[Nic]) -> None:
         """Tell the network that the addresses of ``nics`` are here now."""

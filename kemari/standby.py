@@ -34,6 +34,7 @@ from kemari.actions import (
 from kemari.config import Address, Options
 from kemari.errors import KemariError
 from kemari.host import Host, host_is_alive
+from kemari.interim import Interim
 from kemari.ledger import Record, Role
 from kemari.liveness import REPLICATION, Verdict, Watch
 from kemari.ownership import offered_options, standby_record
@@ -91,6 +92,7 @@ class StandbySession:
         self._watching = asyncio.Event()
         self._deciding = asyncio.Lock()
         self._revive_error: Exception | None = None
+        self._interim = Interim(host)
         self._disks = StandbyDisks(host.config.paths, host.locate, self._receiver.applied)
 
     # ---- Section: what the daemon calls ----
@@ -105,6 +107,7 @@ class StandbySession:
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
+            self._interim.close()
             self._peers.unfollow(self._link, self._further)
             if self._probing:
                 self._peers.unwant(self.primary_id, self._further)
@@ -349,7 +352,7 @@ class StandbySession:
         watch = Watch(self._host.config.heartbeat, time.monotonic())
         closed_at: float | None = None
         while not self.over.is_set():
-            await asyncio.sleep(watch.pace)
+            await asyncio.sleep(watch.due - time.monotonic())
             now = time.monotonic()
             if not self._link.closed:
                 watch.heard(REPLICATION, self._peers.heard(self._link))
@@ -373,6 +376,8 @@ class StandbySession:
                 await self.take_over(f"{self.primary} was silent for {silence:.1f} s on every path")
             elif verdict is Verdict.LINK_DEAD:
                 await self._link_is_dead()
+            elif self._shell is not None:
+                self._interim.watch(self.guest, self._shell.nics, watch.silence(now))
 
     async def _link_is_dead(self) -> None:
         await self._receiver.halt()
@@ -419,7 +424,7 @@ class StandbySession:
             self.why,
             self.machine.planned,
         )
-        takeover = Takeover(self._host, legacy, self._shell, self._disks)
+        takeover = Takeover(self._host, legacy, self._shell, self._disks, self._interim)
         try:
             await takeover.revive(number, committed)
         except Exception as error:

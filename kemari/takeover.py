@@ -15,6 +15,7 @@ from checkpoint.faultpoints import reach
 from checkpoint.incoming import Committed
 from checkpoint.stages import Laps
 from kemari.host import Host
+from kemari.interim import Interim
 from kemari.ledger import Role
 from kemari.replicas import StandbyDisks
 
@@ -46,13 +47,17 @@ class Takeover:
 
     :param shell: the guest's, with its memory as of the epoch that is to run
     :param disks: this host's copies of its disks
+    :param interim: what was sent to the guest since its host fell silent
     """
 
-    def __init__(self, host: Host, legacy: Legacy, shell: Shell, disks: StandbyDisks) -> None:
+    def __init__(
+        self, host: Host, legacy: Legacy, shell: Shell, disks: StandbyDisks, interim: Interim
+    ) -> None:
         self._host = host
         self._legacy = legacy
         self._shell = shell
         self._disks = disks
+        self._interim = interim
         self._laps = Laps()
         self._revived_ns = 0
 
@@ -79,7 +84,8 @@ class Takeover:
         await self._disks.take_over(committed.epoch, legacy.generation)
         laps.lap("disks")
         elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
-        await asyncio.to_thread(self._shell.revive, committed.state, elapsed)
+        ready = functools.partial(self._interim.deliver, legacy.guest)
+        await asyncio.to_thread(self._shell.revive, committed.state, elapsed, ready)
         self._revived_ns = laps.elapsed_ns
         laps.lap("revive")
 
@@ -91,10 +97,15 @@ class Takeover:
         :param silence: seconds without evidence of the primary's life
         """
         host, legacy, attempt = self._host, self._legacy, self._host.journal.attempt
-        host.spawn(self._announce(), f"{legacy.guest}: announce")
+        announced = host.spawn(self._announce(), f"{legacy.guest}: announce")
         # First of all: a daemon that is killed before this takes the guest for a shell.
         await attempt(legacy.guest, "record the takeover", self._claim(Role.OWNER))
         reach("takeover-recorded")
+        self._laps.lap("record")
+        if not legacy.planned:
+            # The toolstack takes a second of a slow host's processor, which the guest needs now.
+            await asyncio.wait({announced})
+            self._laps.lap("announce")
         await attempt(legacy.guest, "name the guest", asyncio.to_thread(self._shell.settle))
         host.journal.note(
             legacy.guest,
@@ -106,7 +117,7 @@ class Takeover:
             revive_ms=round(self._revived_ns / 1e6, 1),
             silence_ms=round(silence * 1000, 1),
         )
-        self._laps.lap("record")
+        self._laps.lap("name")
         log.info("%s: taken over in %s", legacy.guest, self._laps)
 
     async def _claim(self, role: Role) -> None:

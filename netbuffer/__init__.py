@@ -4,6 +4,7 @@
 - :class:`netbuffer.plug.OutputBuffer` holds the frames of one vif, in epochs;
 - :class:`netbuffer.tap.Tap` tells that a frame was held;
 - :func:`netbuffer.announce.announce` tells switches where a guest is now;
+- :class:`netbuffer.backlog.Backlog` keeps what is sent to a guest while no host runs it;
 - :mod:`netbuffer.errors` has all errors.
 
 Knows nothing of Xen or of checkpoints: a vif is any Ethernet device whose received frames matter.

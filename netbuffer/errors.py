@@ -13,7 +13,8 @@
     ├── BufferLost              somebody removed or changed the buffer under us
     ├── EpochError              the call does not fit the buffer's state
     ├── TapError                frames of the guest can no longer be seen
-    └── AnnounceError           an announcement could not be sent
+    ├── AnnounceError           an announcement could not be sent
+    └── BacklogError            frames for the guest could not be kept or delivered
 
 Messages state the fact and what was expected, in one sentence.
 """
@@ -131,3 +132,7 @@ class TapError(NetbufferError):
 
 class AnnounceError(NetbufferError):
     """An announcement could not be sent or a bridge could not be told."""
+
+
+class BacklogError(NetbufferError):
+    """Frames for a guest could not be kept, or not be delivered to it."""

@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Any
 
-from checkpoint.driver import Description, Disk, Nic
+from checkpoint.driver import Description, Disk, Nic, nothing
 from checkpoint.errors import CheckpointError
 from checkpoint.xen import control, toolstack
 from checkpoint.xen.context import Context
@@ -59,7 +60,7 @@ class XenShell:
     def examine(self, state: bytes) -> None:
         check_state(self._domain, self._description, MachineState.from_bytes(state))
 
-    def revive(self, state: bytes, elapsed_ns: int) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
         revive(
             self._domain,
             self._description,
@@ -67,6 +68,7 @@ class XenShell:
             self.memory,
             self._frontends,
             elapsed_ns,
+            ready,
         )
 
     def settle(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 from kemari.faultpoints import MARKER, VARIABLE
 from tests.lab.protection_world import Pair, World
@@ -15,13 +16,15 @@ from vagrant.lablib.guest import NAME as GUEST
 
 #: Answers on each connection that show that it works.
 SOME = 20
-#: Seconds from the moment at which a fault may happen until it has.
-PATIENCE = 120
+#: Seconds from the moment at which a fault may happen until it has: disks may have to be brought up
+#: to date first, on busy emulated hosts.
+PATIENCE = 300
 #: A shell script, read by the supervisor's before it starts kemarid.
 ENVIRONMENT = "/etc/kemari/environment"
 #: The faults to come, a line each.
 QUEUE = "/etc/kemari/faults"
 LOG = "/var/log/kemari/kemarid.log"
+LEDGER = "/var/lib/kemari/guests"
 #: What the daemon says when a fault happens.
 HAPPENS = "WARNING fault point"
 
@@ -53,8 +56,8 @@ class Faults:
         self._ssh(f"printf '%s\\n' {shlex.join(self._faults)} >{QUEUE}")
         start_with(self._world, self._host, f"{VARIABLE}=$(head -n 1 {QUEUE})\nsed -i 1d {QUEUE}\n")
 
-    def wait(self) -> None:
-        """Wait until the next fault has happened."""
+    def wait(self) -> float:
+        """Wait until the next fault has happened; when it did, by the host's ``time.time()``."""
         fault = self._faults.pop(0)
         self._happened += 1
         done = self._ssh(
@@ -64,6 +67,13 @@ class Faults:
         )
         point, action, *_ = fault.split(":")
         assert f"{HAPPENS} {point}: {action}" in done, f"{fault} did not happen on {self._host}"
+        # The lab's hosts are in UTC.
+        when = done.split(" WARNING")[0] + " +0000"
+        return datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f %z").timestamp()
+
+    def skip(self) -> None:
+        """The next fault will not happen: its daemon ends before, with its host."""
+        self._faults.pop(0)
 
     def disarm(self) -> None:
         """No faults from the next start on."""
@@ -119,6 +129,16 @@ def move_in_vain(world: World, pair: Pair, faults: Faults) -> None:
     faults.wait()
     told.wait("protected", since=mark)
     world.only_on(pair.primary)
+
+
+@contextmanager
+def unwritable(world: World, host: str) -> Iterator[None]:
+    """The ledger of a host cannot be written meanwhile."""
+    world.lab.ssh(host, f"mount --bind {LEDGER} {LEDGER} && mount -o remount,bind,ro {LEDGER}")
+    try:
+        yield
+    finally:
+        world.lab.ssh(host, f"umount {LEDGER}")
 
 
 def well_again(world: World, before: Pair) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import pytest
 
 from tests.lab.faults import armed, move_in_vain
 from tests.lab.protection_world import World
 from tests.lab.test_disk import DISK_MIB, PAUSE_MS, SOME
-from tests.lab.test_fault_points import HEARTBEAT_MS, kills
+from tests.lab.test_fault_points import HEARTBEAT_MS, host, kills
 from vagrant.demolib import databases
 from vagrant.demolib.stage import end_and_check_disks
 from vagrant.lablib.guest import DATA, GuestOptions
@@ -26,13 +27,30 @@ from vagrant.lablib.lab import Lab
 #: For `make prove`, not for `make check`.
 pytestmark = pytest.mark.long
 
+#: Which time of a point that comes again and again.
+OFTEN: Final = 10
+
 #: Where two disks become a pair; each attempt comes one point further.
 PAIR = ("disk-marked", "disk-recorded", "disk-merged", "disk-streaming")
-#: Where the standby comes back and its copy is brought up to date.
+# What the daemon of each side goes through with each epoch, and now and then ...
+PRIMARY_GOES_ON = (
+    *("disks-closed", "put-writes", "got-applied", "disks-tell", "disks-told"),
+    *("put-heartbeat", "got-heartbeat"),
+)
+STANDBY_GOES_ON = (
+    *("got-writes", "put-applied", "replica-apply", "replica-written", "replica-flushed"),
+    *("put-heartbeat", "got-heartbeat"),
+)
+# ... and when it comes back and its copy is brought up to date.
 STANDBY_COMES_BACK = (
     *("replica-recorded", "replica-apply", "replica-written", "replica-flushed"),
     *("replica-consistent", "replica-unmarked"),
 )
+CHAINS: Final = {
+    "primary-goes-on": ("primary", PRIMARY_GOES_ON, OFTEN),
+    "standby-comes-back": ("standby", STANDBY_COMES_BACK, 1),
+    "standby-goes-on": ("standby", STANDBY_GOES_ON, OFTEN),
+}
 #: Of the standby to which the guest is moved.
 MOVE = (
     *("disks-settle", "disks-settled", "replica-marked", "replica-disk"),
@@ -74,10 +92,12 @@ def test_deaths_while_two_disks_become_a_pair(world: World) -> None:
         world.only_on(pair.primary)
 
 
-def test_deaths_of_a_standby_that_comes_back(world: World) -> None:
+@pytest.mark.parametrize(("side", "points", "nth"), CHAINS.values(), ids=CHAINS)
+def test_deaths_one_after_the_other(
+    world: World, side: str, points: tuple[str, ...], nth: int
+) -> None:
     pair = world.protected()
-    points = kills(STANDBY_COMES_BACK, 1)
-    with writing(world), armed(world, pair.standby, *points) as faults:
+    with writing(world), armed(world, host(pair, side), *kills(points, nth)) as faults:
         for _ in points:
             faults.wait()
         told = world.events(pair.primary)
@@ -97,11 +117,12 @@ def test_deaths_of_the_host_that_the_guest_is_moved_to(world: World) -> None:
             assert clients.noticed() == []
 
 
-def test_a_death_on_being_refused(world: World) -> None:
+@pytest.mark.parametrize(("side", "point"), [("standby", "put-error"), ("primary", "got-error")])
+def test_a_death_on_a_refusal(world: World, side: str, point: str) -> None:
     """The standby's disk is away."""
     pair = world.unprotected()
-    lab = world.lab
-    with writing(world), armed(world, pair.primary, *kills(["got-error"], 1)) as faults:
+    lab, dead = world.lab, host(pair, side)
+    with writing(world), armed(world, dead, *kills([point], 1)) as faults:
         lab.ssh(pair.standby, f"mv {DATA} {DATA}.away")
         began = time.time()
         try:
@@ -110,7 +131,7 @@ def test_a_death_on_being_refused(world: World) -> None:
             lab.ssh(pair.standby, f"mv {DATA}.away {DATA}")
         assert reply.status != 0
         faults.wait()
-        world.awake(pair.primary, began)
+        world.awake(dead, began)
         assert world.protected() == pair
         world.only_on(pair.primary)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from tests.lab.faults import armed, clients, freshly_protected, well_again
+from tests.lab.faults import armed, clients, freshly_protected, unwritable, well_again
 from tests.lab.protection_world import Pair, World
 from vagrant.lablib.guest import NAME as GUEST
 from vagrant.lablib.lab import Lab
@@ -66,6 +66,8 @@ MOVE = (
     *(("standby", point) for point in ("announce", "announced")),
 )
 
+# ... and of one that cannot be.
+DECLINE = (("standby", "put-declined"), ("primary", "got-declined"))
 
 CHAINS = {
     "primary-comes-back": ("primary", PRIMARY_COMES_BACK, 1),
@@ -121,6 +123,44 @@ def test_a_death_while_the_guest_is_moved(world: World, side: str, point: str) -
             faults.wait()
             world.awake(host(pair, side), began)
             well_again(world, pair)
+
+
+@pytest.mark.parametrize(("side", "point"), DECLINE)
+def test_a_death_while_a_move_is_declined(world: World, side: str, point: str) -> None:
+    """The host that is to have the guest cannot write down that it has."""
+    pair = world.unprotected()
+    with armed(world, host(pair, side), *kills([point], 1)) as faults:
+        freshly_protected(world, pair)
+        with clients(world):
+            with unwritable(world, pair.standby):
+                reply = world.kemari(pair.primary, "failover", GUEST, check=False)
+                assert reply.status != 0
+                died = faults.wait()
+            world.awake(host(pair, side), died)
+            world.only_on(pair.primary)
+            well_again(world, pair)
+
+
+def test_deaths_of_a_daemon_that_comes_back_where_its_guest_is_no_more(world: World) -> None:
+    """Its host lost power, the standby has taken over."""
+    pair = world.unprotected()
+    # The first one is of the daemon that ends with its host.
+    points = ("recover-give-up", "recover-give-up", "recover-destroyed")
+    with armed(world, pair.primary, *kills(points, 1)) as faults:
+        freshly_protected(world, pair)
+        with clients(world):
+            # The log tells how many faults have happened, and what is not synced may be lost.
+            world.lab.ssh(pair.primary, "sync")
+            there = world.events(pair.standby)
+            mark = there.seen
+            world.cut(pair.primary)
+            there.wait("takeover", since=mark)
+            world.moves += 1
+            faults.skip()
+            world.lab.boot(pair.primary)
+            died = [faults.wait() for _ in points[1:]]
+            world.awake(pair.primary, died[-1])
+            well_again(world, world.protected())
 
 
 def host(pair: Pair, side: str) -> str:

@@ -88,17 +88,21 @@ def test_power_cuts_under_a_database(world: SharedWorld) -> None:
     shut_down_and_check(world)
 
 
-def test_a_death_before_it_is_told_what_the_storage_has(world: SharedWorld) -> None:
+@pytest.mark.parametrize(("side", "point"), [("primary", "put-issued"), ("standby", "got-issued")])
+def test_a_death_while_it_is_told_what_the_storage_has(
+    world: SharedWorld, side: str, point: str
+) -> None:
     pair = world.unprotected()
+    dead = getattr(pair, side)
     with (
         writers(world, "issued") as clients,
-        armed(world, pair.primary, f"put-issued:kill:{OFTEN}") as faults,
+        armed(world, dead, f"{point}:kill:{OFTEN}") as faults,
     ):
         freshly_protected(world, pair)
         began = time.time()
         clients.wait_done(SOME)
         faults.wait()
-        world.awake(pair.primary, began)
+        world.awake(dead, began)
         well_again(world, pair)
         clients.wait_done(SOME)
         assert clients.stop() == []

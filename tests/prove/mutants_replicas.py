@@ -99,8 +99,8 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         ),
         Edit(
             _TAKEOVER,
-            "        await asyncio.to_thread(self._shell.revive, committed.state, elapsed)\n",
-            "        await asyncio.to_thread(self._shell.revive, committed.state, elapsed)\n"
+            "(self._shell.revive, committed.state, elapsed, ready)\n",
+            "(self._shell.revive, committed.state, elapsed, ready)\n"
             "        await self._disks.take_over(committed.epoch, legacy.generation)\n",
         ),
     ),

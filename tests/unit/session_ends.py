@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from checkpoint.codec import Encoder
-from checkpoint.driver import PAGE_SIZE, Description, Disk, Nic, Staging
+from checkpoint.driver import PAGE_SIZE, Description, Disk, Nic, Staging, nothing
 from checkpoint.errors import CheckpointError
 from checkpoint.hello import Hello
 from checkpoint.link import Link, LinkOptions
@@ -35,7 +35,7 @@ class BytesShell:
     def examine(self, state: bytes) -> None:
         raise AssertionError("a session never looks into a state")
 
-    def revive(self, state: bytes, elapsed_ns: int) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
         raise AssertionError("a session never revives")
 
     def settle(self) -> None:

@@ -53,6 +53,36 @@ def test_power_cut_while_talking(tmp_path: Path) -> None:
         await_true(lambda: "takeover" in pair.b.events("web"), "the takeover is in the log")
 
 
+def test_what_was_sent_to_a_dead_host_is_given_to_the_guest(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        assert not pair.b.network.backlogs
+        pair.a.power_cut()
+        (backlog,) = await_true(lambda: list(pair.b.network.backlogs), "frames are kept")
+        backlog.frames.append(b"a request")
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        assert pair.b.network.delivered == [b"a request"]
+        assert not pair.b.network.backlogs
+
+
+def test_a_network_that_keeps_nothing_does_not_cost_the_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(nics: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        monkeypatch.setattr(pair.b.network, "backlog", refuse)
+        pair.talk(3)
+        pair.a.power_cut()
+        pair.talk(3)
+        pair.check_answers()
+        await_true(lambda: "takeover" in pair.b.events("web"), "b took over")
+        assert pair.b.events("web").count("trouble") == 1, "said once, not at each beat"
+
+
 def test_power_cut_while_idle(tmp_path: Path) -> None:
     with Pair(tmp_path) as pair:
         pair.protect()

@@ -7,13 +7,13 @@ import asyncio
 import os
 import select
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from checkpoint.driver import Nic
 from kemari.frames import FrameNetwork, FrameOutput
-from netbuffer.errors import BufferLost, InterfaceNotFound
+from netbuffer.errors import BacklogError, BufferLost, InterfaceNotFound
 
 NICS = [Nic(number, f"vif3.{number}", f"00:16:3e:00:00:0{number}", "br0") for number in (0, 1)]
 
@@ -174,6 +174,58 @@ def test_each_address_is_announced_by_its_bridge(monkeypatch: pytest.MonkeyPatch
     alone = Nic(2, "vif3.2", "00:16:3e:00:00:02", "")
     asyncio.run(FrameNetwork().announce([*NICS, alone]))
     assert said == [(nic.bridge, nic.mac, nic.vif) for nic in NICS]
+
+
+class FakeBacklog:
+    """Says what is done; the one of ``vif3.1`` fails at ``breaks``."""
+
+    calls: ClassVar[list[tuple[str, ...]]] = []
+    breaks: ClassVar[str] = ""
+
+    def __init__(self, bridge: str, mac: str) -> None:
+        self._mac = mac
+        self._do("open", bridge, mac)
+
+    def _do(self, call: str, *words: str) -> None:
+        self.calls.append((call, *words))
+        if call == self.breaks and self._mac == NICS[1].mac:
+            raise BacklogError("does not go")
+
+    def deliver(self, vif: str) -> int:
+        self._do("deliver", vif)
+        return 2
+
+    def close(self) -> None:
+        self._do("close", self._mac)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> type[FakeBacklog]:
+    monkeypatch.setattr("kemari.frames.Backlog", FakeBacklog)
+    FakeBacklog.calls, FakeBacklog.breaks = [], ""
+    return FakeBacklog
+
+
+def test_what_came_meanwhile_is_kept_by_each_bridge(kept: type[FakeBacklog]) -> None:
+    alone = Nic(2, "vif3.2", "00:16:3e:00:00:02", "")
+    backlog = FrameNetwork().backlog([*NICS, alone])
+    assert kept.calls == [("open", nic.bridge, nic.mac) for nic in NICS]
+    kept.calls.clear()
+    assert backlog.deliver() == 2 * len(NICS)
+    assert kept.calls == [("deliver", nic.vif) for nic in NICS]
+
+
+def test_one_backlog_that_fails_does_not_cost_the_others(kept: type[FakeBacklog]) -> None:
+    kept.breaks = "open"
+    with pytest.raises(BacklogError):
+        FrameNetwork().backlog(NICS)
+    assert kept.calls[-1] == ("close", NICS[0].mac)
+    kept.breaks = "deliver"
+    backlog = FrameNetwork().backlog(NICS)
+    kept.calls.clear()
+    with pytest.raises(BacklogError):
+        backlog.deliver()
+    assert kept.calls == [("deliver", nic.vif) for nic in NICS]
 
 
 def test_nothing_is_left_of_a_device_that_never_was(monkeypatch: pytest.MonkeyPatch) -> None:
