@@ -3,7 +3,9 @@
 guest itself may make.  Pure: this module lays out bytes.
 
 The stub runs in 32-bit protected mode without paging.  It walks a table of hypercalls (number and
-three arguments each), stores every result, sets a flag and spins until it is paused and replaced.
+three arguments each), stores every result, sets a flag and yields until it is paused and replaced:
+where there is no other processor for Dom0, which waits for the flag, spinning would keep it waiting
+for the rest of a time slice.
 Numbers and structures: ``xen/include/public/{xen,vcpu,event_channel}.h``, ``hvm/hvm_op.h``; none
 of the structures used differs between 32 and 64 bits.
 """
@@ -19,6 +21,7 @@ from checkpoint.errors import ReviveError
 from checkpoint.xen.state import EventChannel
 
 _HYPERVISOR_VCPU_OP, _HYPERVISOR_EVENT_CHANNEL_OP, _HYPERVISOR_HVM_OP = 24, 32, 34
+_HYPERVISOR_SCHED_OP = 29  # SCHEDOP_yield is 0 (xen/include/public/sched.h)
 _VCPUOP_REGISTER_VCPU_INFO = 10
 _HVMOP_SET_EVTCHN_UPCALL_VECTOR = 23
 _BIND_VIRQ, _CLOSE, _SEND, _ALLOC_UNBOUND, _BIND_IPI, _BIND_VCPU = 1, 3, 4, 6, 7, 8
@@ -188,7 +191,10 @@ def assemble(calls: Sequence[Call], base: int, *, intel: bool) -> bytes:
             b"\x83\xc5\x14",  # add ebp, 20
             b"\xeb\xe4",  # jmp next
             b"\xc7\x05" + struct.pack("<II", base + _FLAG, _DONE),  # done: mov [flag], DONE
-            b"\xf3\x90\xeb\xfc",  # pause; jmp back
+            b"\xb8" + struct.pack("<I", _HYPERVISOR_SCHED_OP),  # yield: mov eax, sched_op
+            b"\x31\xdb",  # xor ebx, ebx
+            vmcall,
+            b"\xeb\xf4",  # jmp yield
         )
     )
     out = bytearray(STUB_PAGES * PAGE_SIZE)

@@ -17,6 +17,8 @@ EAX, ECX, EDX, EBX, EBP = 0, 1, 2, 3, 5
 VMCALL, VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
 DOMID_SELF = 0x7FF0
 PER_VCPU_VIRQS = {0, 1, 7, 13}
+#: sched_op, SCHEDOP_yield: the numbers in Xen's public headers.
+YIELD = (29, 0)
 STEPS = 100_000
 
 
@@ -104,7 +106,7 @@ class Hypervisor:
 def run(
     memory: bytearray, base: int, hypervisor: Hypervisor, *, instruction: bytes = VMCALL
 ) -> None:
-    """Run the stub in ``memory`` at ``base`` until it spins.
+    """Run the stub in ``memory`` at ``base`` until it only yields.
 
     :param instruction: the hypercall instruction that this processor has
     """
@@ -122,8 +124,11 @@ def run(
     for _ in range(STEPS):
         here = at
         opcode = fetch(1)
-        if opcode == b"\xbd":
-            registers[EBP] = int.from_bytes(fetch(4), "little")
+        if opcode in (b"\xbd", b"\xb8"):
+            registers[opcode[0] & 7] = int.from_bytes(fetch(4), "little")
+        elif opcode == b"\x31":
+            assert fetch(1) == b"\xdb"
+            registers[EBX] = 0
         elif opcode in (b"\x8b", b"\x89"):
             (modrm,) = fetch(1)
             assert modrm >> 6 == 1
@@ -150,19 +155,17 @@ def run(
         elif opcode == b"\xeb":
             distance = signed()
             at += distance
-            if at == here - 2 and memory[at : at + 2] == b"\xf3\x90":
-                return
         elif opcode == b"\x0f":
             assert opcode + fetch(2) == instruction, "an instruction that this processor lacks"
             words = (registers[EBX], registers[ECX], registers[EDX])
+            if (registers[EAX], registers[EBX]) == YIELD:
+                return
             result = hypervisor.call(memory, base, registers[EAX], words)
             registers[EAX] = result & 0xFFFFFFFF
         elif opcode == b"\xc7":
             assert fetch(1) == b"\x05"
             address, value = struct.unpack("<II", fetch(8))
             struct.pack_into("<I", memory, address - base, value)
-        elif opcode == b"\xf3":
-            assert fetch(1) == b"\x90"
         else:
             raise AssertionError(f"opcode {opcode.hex()} at {here:#x}")
     raise AssertionError("the stub does not end")
