@@ -66,6 +66,16 @@ def test_what_was_sent_to_a_dead_host_is_given_to_the_guest(tmp_path: Path) -> N
         assert not pair.b.network.backlogs
 
 
+def test_a_daemon_that_ends_after_a_takeover_names_the_guest_first(tmp_path: Path) -> None:
+    with Pair(tmp_path) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        await_true(lambda: "web" in pair.b.hypervisor.guests, "the guest runs on b")
+        pair.b.stop()
+        assert not pair.b.hypervisor.unsettled
+
+
 def test_a_network_that_keeps_nothing_does_not_cost_the_guest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
