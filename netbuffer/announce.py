@@ -25,7 +25,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from netbuffer import messages, remains
+from netbuffer import messages, packets, remains
 from netbuffer.errors import AnnounceError, InterfaceNotFound, NetlinkError
 from netbuffer.netlink import Netlink
 
@@ -171,14 +171,11 @@ async def announce(
 
 def _open(interface: str) -> socket.socket:
     try:
-        # Protocol 0: this socket only sends.
-        sender = socket.socket(
-            socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0
-        )
+        sender = packets.unbound()
     except PermissionError:
         raise AnnounceError(f"Announcing by {interface} needs CAP_NET_RAW") from None
     try:
-        sender.bind((interface, 0))
+        sender.bind((interface, packets.NO_KIND))
     except OSError as err:
         sender.close()
         if err.errno == errno.ENODEV:

@@ -21,12 +21,12 @@ checksum still.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import socket
 import struct
 from typing import Final
 
+from netbuffer import packets
 from netbuffer.announce import parse_mac
 from netbuffer.errors import BacklogError, InterfaceNotFound
 
@@ -36,16 +36,10 @@ LIMIT: Final = 1 << 18
 #: Frames in a backlog at most; the kernel takes more than this of its limit for each.
 _MOST: Final = LIMIT * 2 // 256
 
-_ETH_P_ALL: Final = 0x0003
-_SOL_PACKET: Final = 263
 _PACKET_ADD_MEMBERSHIP: Final = 1  # Linux uapi/linux/if_packet.h, as the next two
 _PACKET_VNET_HDR: Final = 15
 _PACKET_MR_PROMISC: Final = 1
-_SO_ATTACH_FILTER: Final = 26
 _VNET_HDR: Final = 10
-# Linux uapi/linux/filter.h
-_BPF_LOAD_WORD, _BPF_LOAD_HALF = 0x20, 0x28
-_BPF_JUMP_IF_EQUAL, _BPF_RETURN = 0x15, 0x06
 _WHOLE: Final = 0xFFFFFFFF
 
 
@@ -60,15 +54,15 @@ class Backlog:
     """
 
     def __init__(self, bridge: str, mac: str) -> None:
-        program = _only_to(parse_mac(mac))
+        filtered = _only_to(parse_mac(mac))
         self._socket = _open()
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LIMIT)
-            _attach(self._socket, program)
-            self._socket.bind((bridge, _ETH_P_ALL))
+            packets.attach(self._socket, filtered)
+            self._socket.bind((bridge, packets.EVERY_KIND))
             index = socket.if_nametoindex(bridge)
             request = struct.pack("=iHH8x", index, _PACKET_MR_PROMISC, 0)
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, request)
+            self._socket.setsockopt(packets.SOL_PACKET, _PACKET_ADD_MEMBERSHIP, request)
         except OSError as err:
             self._socket.close()
             if err.errno == errno.ENODEV:
@@ -86,8 +80,7 @@ class Backlog:
         count = 0
         with self._socket as kept, _open() as way:
             try:
-                # Protocol 0: it only sends.
-                way.bind((vif, 0))
+                way.bind((vif, packets.NO_KIND))
                 for frame in _frames(kept):
                     try:
                         way.send(frame)
@@ -135,35 +128,25 @@ def _frames(kept: socket.socket) -> list[bytes]:
 
 def _open() -> socket.socket:
     try:
-        # Protocol 0: sees nothing until it is bound, so no frame of another device gets in.
-        opened = socket.socket(
-            socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0
-        )
+        opened = packets.unbound()
     except PermissionError:
         raise BacklogError("Keeping frames for a guest needs CAP_NET_RAW") from None
     try:
-        opened.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+        opened.setsockopt(packets.SOL_PACKET, _PACKET_VNET_HDR, 1)
     except OSError as err:
         opened.close()
         raise BacklogError(f"Frames cannot be had with their headers: {err.strerror}") from err
     return opened
 
 
-def _only_to(mac: bytes) -> bytes:
-    """A socket filter for frames to that address: struct sock_filter, Linux uapi/linux/filter.h."""
+def _only_to(mac: bytes) -> list[packets.Step]:
+    """A filter for frames to that address."""
     high, low = struct.unpack("!HI", mac)
-    steps = (
-        (_BPF_LOAD_HALF, 0, 0, 0),
-        (_BPF_JUMP_IF_EQUAL, 0, 3, high),
-        (_BPF_LOAD_WORD, 0, 0, 2),
-        (_BPF_JUMP_IF_EQUAL, 0, 1, low),
-        (_BPF_RETURN, 0, 0, _WHOLE),
-        (_BPF_RETURN, 0, 0, 0),
-    )
-    return b"".join(struct.pack("=HBBI", *step) for step in steps)
-
-
-def _attach(to: socket.socket, program: bytes) -> None:
-    steps = ctypes.create_string_buffer(program)
-    described = struct.pack("@HP", len(program) // 8, ctypes.addressof(steps))
-    to.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
+    return [
+        (packets.LOAD_HALF, 0, 0, 0),
+        (packets.JUMP_IF_EQUAL, 0, 3, high),
+        (packets.LOAD_WORD, 0, 0, 2),
+        (packets.JUMP_IF_EQUAL, 0, 1, low),
+        (packets.RETURN, 0, 0, _WHOLE),
+        (packets.RETURN, 0, 0, 0),
+    ]

@@ -24,18 +24,13 @@ packet sockets and ingress filters to the label ``skip_classify``.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import socket
-import struct
 
+from netbuffer import packets
 from netbuffer.errors import InterfaceNotFound, TapError
 
-_ETH_P_ALL = 0x0003
-_SOL_PACKET = 263
 _PACKET_IGNORE_OUTGOING = 23  # Linux linux/if_packet.h, since 4.20
-_SO_ATTACH_FILTER = 26
-_BPF_RET_K = 0x06
 _SNAP_BYTES = 1
 _DRAIN_MAX = 64
 
@@ -57,17 +52,15 @@ class Tap:
         self.vif = vif
         self._scratch = bytearray(_SNAP_BYTES)
         try:
-            # Protocol 0: sees nothing until it is bound, so no frame of another device gets in.
-            self._socket = socket.socket(
-                socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0
-            )
+            self._socket = packets.unbound()
         except PermissionError:
             raise TapError(f"A packet socket on {vif} needs CAP_NET_RAW") from None
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-            self._attach_filter()
-            self._socket.bind((vif, _ETH_P_ALL))
+            self._socket.setsockopt(packets.SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            # One byte of each frame; none would mean not to see it.
+            packets.attach(self._socket, [(packets.RETURN, 0, 0, _SNAP_BYTES)])
+            self._socket.bind((vif, packets.EVERY_KIND))
         except OSError as err:
             self._socket.close()
             if err.errno == errno.ENODEV:
@@ -107,12 +100,3 @@ class Tap:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _attach_filter(self) -> None:
-        """Keep one byte of each frame; none would mean not to see it.
-
-        struct sock_filter and struct sock_fprog of Linux linux/filter.h; the kernel copies both.
-        """
-        program = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RET_K, 0, 0, _SNAP_BYTES))
-        described = struct.pack("@HP", 1, ctypes.addressof(program))
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
