@@ -244,11 +244,11 @@ class Shell(Protocol):
         :raise CheckpointError: it could not
         """
 
-    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
         """Run the guest from ``memory`` and ``state``.
 
         :param elapsed_ns: time since the capture of that state: the guest's clocks go on by it
-        :param ready: called right before the guest runs: its devices take requests and frames
+        :param running: called, in the same thread, as soon as the guest runs
         :raise ReviveError: it cannot run; the shell still exists, paused
         """
 

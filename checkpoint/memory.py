@@ -336,7 +336,7 @@ class MemoryShell:
         if "answered" not in json.loads(state):
             raise ReviveError("the state does not say how much the guest has answered")
 
-    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
         """Run the guest."""
         self._hypervisor.reached("revive")
         saved = json.loads(state)
@@ -350,12 +350,12 @@ class MemoryShell:
         reach("revive-vcpus")
         name = self._guest.description.name
         reach("revive-backends")
-        ready()
         reach("revive-unpause")
         self._hypervisor.shells.pop(name, None)
         self._hypervisor.guests[name] = self._guest
         self._hypervisor.unsettled.add(name)
         self._guest.run()
+        running()
         self._hypervisor.reached("revived")
 
     def settle(self) -> None:

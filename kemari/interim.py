@@ -48,7 +48,7 @@ class Interim:
                 self._trouble(guest, f"frames for {guest} cannot be kept", error)
 
     def deliver(self, guest: str) -> None:
-        """The guest is about to run here: it is given what was kept, if anything was.
+        """The guest runs here: it is given what was kept, if anything was.
 
         May be called in another thread, while nothing else is called.
         """

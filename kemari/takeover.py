@@ -84,8 +84,8 @@ class Takeover:
         await self._disks.take_over(committed.epoch, legacy.generation)
         laps.lap("disks")
         elapsed = int((time.monotonic() - committed.captured_at) * 1e9)
-        ready = functools.partial(self._interim.deliver, legacy.guest)
-        await asyncio.to_thread(self._shell.revive, committed.state, elapsed, ready)
+        deliver = functools.partial(self._interim.deliver, legacy.guest)
+        await asyncio.to_thread(self._shell.revive, committed.state, elapsed, deliver)
         self._revived_ns = laps.elapsed_ns
         laps.lap("revive")
 

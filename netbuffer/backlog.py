@@ -22,8 +22,11 @@ checksum still.
 from __future__ import annotations
 
 import errno
+import fcntl
+import select
 import socket
 import struct
+import time
 from typing import Final
 
 from netbuffer import packets
@@ -40,6 +43,12 @@ _PACKET_ADD_MEMBERSHIP: Final = 1  # Linux uapi/linux/if_packet.h, as the next t
 _PACKET_VNET_HDR: Final = 15
 _PACKET_MR_PROMISC: Final = 1
 _VNET_HDR: Final = 10
+_RTMGRP_LINK: Final = 1  # Linux uapi/linux/rtnetlink.h
+_IFREQ: Final = struct.Struct("=16sH22x")  # netdevice(7)
+_SIOCGIFFLAGS: Final = 0x8913
+_IFF_RUNNING: Final = 0x40
+#: Seconds after which a device without carrier is sent the frames all the same.
+_CARRIER_BOUND: Final = 1.0
 _WHOLE: Final = 0xFFFFFFFF
 
 
@@ -72,7 +81,8 @@ class Backlog:
     def deliver(self, vif: str) -> int:
         """Hand what was kept to the guest behind ``vif``, in order, and close; number of frames.
 
-        Never waits: what the guest's queue does not take is lost, as in a network.
+        Waits a little until the device carries frames, which is when its frontend has been seen to
+        take them.  What the guest's queue does not take is lost, as in a network.
 
         :raise InterfaceNotFound: there is no such device
         :raise BacklogError: the device is down, or the kernel refused otherwise
@@ -81,6 +91,7 @@ class Backlog:
         with self._socket as kept, _open() as way:
             try:
                 way.bind((vif, packets.NO_KIND))
+                _await_carrier(vif)
                 for frame in _frames(kept):
                     try:
                         way.send(frame)
@@ -104,6 +115,34 @@ class Backlog:
 
 #: What a full queue answers, and a frame that this device cannot take.
 _FULL: Final = {errno.ENOBUFS, errno.EAGAIN, errno.EMSGSIZE}
+
+
+def _await_carrier(vif: str) -> None:
+    """Wait until frames pass the device; without its queue the kernel drops them without a word.
+
+    netback reports a carrier once the guest's ring has room (``xenvif_queue_carrier_on``, Linux
+    ``drivers/net/xen-netback/rx.c``); only then is the queue put in place (``dev_activate``, Linux
+    ``net/sched/sch_generic.c``), and the device is said to be running.
+    """
+    deadline = time.monotonic() + _CARRIER_BOUND
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+    ) as changes:
+        changes.bind((0, _RTMGRP_LINK))
+        while not _running(vif) and (left := deadline - time.monotonic()) > 0:
+            if select.select([changes], [], [], left)[0]:
+                changes.recv(1 << 16)
+
+
+def _running(device: str) -> bool:
+    """Whether it is up and has a carrier: ``dev_get_flags``, Linux ``net/core/dev.c``.
+
+    :raise OSError: there is no such device
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
+        request = _IFREQ.pack(device.encode(), 0)
+        flags: int = _IFREQ.unpack(fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request))[1]
+    return bool(flags & _IFF_RUNNING)
 
 
 def _frames(kept: socket.socket) -> list[bytes]:

@@ -71,14 +71,14 @@ def revive(
     memory: memoryview,
     frontends: Frontends,
     elapsed_ns: int,
-    ready: Callable[[], None],
+    running: Callable[[], None],
 ) -> None:
     """Run ``domain`` from ``memory`` and ``state``.
 
     :param memory: its RAM, holding the whole last epoch
     :param frontends: its devices, as far as they are known
     :param elapsed_ns: time since the capture of that epoch
-    :param ready: called once its backends are connected, right before it runs
+    :param running: called as soon as it runs
     :raise ReviveError: it cannot run; the domain is paused
     """
     laps = Laps()
@@ -130,9 +130,9 @@ def revive(
     reach("revive-backends")
     with frontends.attached(state.store):
         laps.lap("backends")
-        ready()
         reach("revive-unpause")
         domain.unpause()
+        running()
     laps.lap("unpause")
     log.info("guest %s runs after %s", description.name, laps)
 

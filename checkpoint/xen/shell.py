@@ -60,7 +60,7 @@ class XenShell:
     def examine(self, state: bytes) -> None:
         check_state(self._domain, self._description, MachineState.from_bytes(state))
 
-    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
         revive(
             self._domain,
             self._description,
@@ -68,7 +68,7 @@ class XenShell:
             self.memory,
             self._frontends,
             elapsed_ns,
-            ready,
+            running,
         )
 
     def settle(self) -> None:

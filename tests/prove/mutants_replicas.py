@@ -99,8 +99,8 @@ REPLICAS: Final[tuple[Mutant, ...]] = (
         ),
         Edit(
             _TAKEOVER,
-            "(self._shell.revive, committed.state, elapsed, ready)\n",
-            "(self._shell.revive, committed.state, elapsed, ready)\n"
+            "(self._shell.revive, committed.state, elapsed, deliver)\n",
+            "(self._shell.revive, committed.state, elapsed, deliver)\n"
             "        await self._disks.take_over(committed.epoch, legacy.generation)\n",
         ),
     ),

@@ -35,7 +35,7 @@ class BytesShell:
     def examine(self, state: bytes) -> None:
         raise AssertionError("a session never looks into a state")
 
-    def revive(self, state: bytes, elapsed_ns: int, ready: Callable[[], None] = nothing) -> None:
+    def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
         raise AssertionError("a session never revives")
 
     def settle(self) -> None:

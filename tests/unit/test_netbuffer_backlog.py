@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,6 +63,11 @@ def number_of(received: bytes) -> int:
     return number
 
 
+def carrier(far_end: str, state: str) -> None:
+    """The other end of a veth pair has a carrier while this one is up."""
+    subprocess.run(["ip", "link", "set", far_end, state], check=True)
+
+
 def make_network() -> None:
     """A bridge with an uplink, whose far end is ``client``; and a vif that is no port of it."""
     add_link("br0", "bridge")
@@ -84,6 +91,23 @@ def test_what_was_sent_meanwhile_is_delivered_in_order() -> None:
         assert first[:1] == b"\0"
         assert second[:10] == _LACKS_CHECKSUM, "its checksum would be taken for one that is wrong"
         assert len(second) == 10 + 1514
+
+
+@own_network
+def test_a_device_that_gets_its_carrier_late_is_waited_for() -> None:
+    """As a vif does, when its guest's ring has been seen to have room."""
+    make_network()
+    with end_of("client", 0) as client, end_of("guest0") as guest:
+        carrier("guest0", "down")
+        # The socket is told, and sees frames again once its device is up.
+        assert guest.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ENETDOWN
+        backlog = Backlog("br0", _MAC)
+        client.send(_PLAIN + frame(1))
+        later = threading.Timer(0.1, carrier, ("guest0", "up"))
+        later.start()
+        assert backlog.deliver("vif0") == 1
+        later.join()
+        assert number_of(guest.recv(2000)) == 1
 
 
 @own_network
