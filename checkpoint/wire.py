@@ -223,21 +223,33 @@ class Parser:
         :raise ProtocolError: at the first breach; frames before it were yielded
         """
         view = memoryview(data)
+        at = 0
         while True:
             if self._head is None:
-                need = HEADER.size - len(self._header)
-                self._header += view[:need]
-                view = view[need:]
-                if len(self._header) < HEADER.size:
-                    return
-                self._head = parse_header(bytes(self._header))
-                self._header.clear()
-                self._payload = memoryview(bytearray(self._head.length))
+                if self._header or len(view) - at < HEADER.size:
+                    missing = view[at : at + HEADER.size - len(self._header)]
+                    self._header += missing
+                    at += len(missing)
+                    if len(self._header) < HEADER.size:
+                        return
+                    self._head = parse_header(bytes(self._header))
+                    self._header.clear()
+                else:
+                    self._head = parse_header(view[at : at + HEADER.size])
+                    at += HEADER.size
+                length = self._head.length
+                if len(view) - at >= length:
+                    # All of it is here, as of any small frame: one copy, and no buffer to fill.
+                    self._payload = memoryview(bytes(view[at : at + length]))
+                    at += length
+                    yield self._finish()
+                    continue
+                self._payload = memoryview(bytearray(length))
                 self._have = 0
-            take = min(len(view), self._head.length - self._have)
-            self._payload[self._have : self._have + take] = view[:take]
-            self._have += take
-            view = view[take:]
+            some = view[at : at + self._head.length - self._have]
+            self._payload[self._have : self._have + len(some)] = some
+            self._have += len(some)
+            at += len(some)
             if self._have < self._head.length:
                 return
             yield self._finish()

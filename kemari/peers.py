@@ -9,6 +9,7 @@ opened count as paths as well.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import Counter
@@ -261,7 +262,13 @@ def _judge(owner: Owner | None, generation: int) -> Answer:
 
 
 def _ip(link: Link) -> str:
-    return plain(parse_address(link.peer_address, default_port=0).host)
+    return _ip_of(link.peer_address)
+
+
+@functools.lru_cache(maxsize=64)
+def _ip_of(peer_address: str) -> str:
+    # Asked at each look at the peer's life: some ten times a second for each guest.
+    return plain(parse_address(peer_address, default_port=0).host)
 
 
 def _pulse_places(link: Link, further: Iterable[Address], port: int | None) -> list[Address]:

@@ -67,6 +67,9 @@ class State(Enum):
     #: A request to the kernel had no known outcome.
     UNKNOWN = "in an unknown state"
 
+    # Enum's own is a function in Python, which each step would call several times.
+    __hash__ = object.__hash__
+
 
 class Event(Enum):
     """What can be asked of the buffer."""
@@ -77,6 +80,8 @@ class Event(Enum):
     RELEASE_ALL = "release everything"
     HOLD = "hold"
     TEARDOWN = "be torn down"
+
+    __hash__ = object.__hash__  # as above
 
 
 #: (state, event) -> (what to ask of the kernel, state afterwards)
@@ -162,8 +167,10 @@ class Epochs:
         :raise AssertionError: with the numbers; a fault of this program
         """
         waiting = self.closed - self.released
-        allowed = {State.CLOSED: (1,), State.UNKNOWN: (0, 1)}.get(self.state, (0,))
-        if waiting not in allowed or self.released < 0:
+        fits = waiting == int(self.state is State.CLOSED)
+        if not fits and self.state is State.UNKNOWN:
+            fits = waiting in (0, 1)
+        if not fits or self.released < 0:
             raise AssertionError(f"{self.state}: closed {self.closed}, released {self.released}")
 
     def _take_pending(self) -> tuple[Event, State]:
