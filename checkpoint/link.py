@@ -30,6 +30,7 @@ from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.faultpoints import GOT, PUT, reach
 from checkpoint.fields import Fields
 from checkpoint.hello import Hello
+from checkpoint.turns import next_turn, sleep_until
 from checkpoint.wire import (
     SPECS,
     Buffer,
@@ -43,6 +44,10 @@ from checkpoint.wire import (
 
 BEATS = 5
 """Heartbeats in the peer's time limit; the protocol asks for at least four."""
+
+RECENT = 0.2
+"""Share of the time between two beats for which what was sent replaces a beat: no pause is longer
+than 1.2 times that time, so that at least four signs of life fit into the limit."""
 
 MAX_QUEUED = 16 << 20
 """Bytes of payload received and not yet asked for, after which reading stops."""
@@ -139,8 +144,10 @@ class Link(asyncio.BufferedProtocol):
         self.failure: CheckpointError | None = None
         self.connector = connector
         self._options = options
-        self._letters = "AS" if connector else "CP"
+        self._letters = frozenset("AS" if connector else "CP")
         self._hello_came = False
+        #: what may come now, but for ERROR and the greeting
+        self._welcome: frozenset[FrameType] = frozenset()
         self._transport: asyncio.Transport | None = None
         self._parser = Parser()
         self._frames: deque[Frame] = deque()
@@ -339,19 +346,17 @@ class Link(asyncio.BufferedProtocol):
     def greet(self, peer: Hello) -> None:
         """Both ends know each other: heartbeats begin."""
         self.peer = peer
+        self._welcome = self._types(peer.role)
         self._beats = asyncio.get_running_loop().create_task(self._beat(peer.heartbeat / BEATS))
 
     async def _beat(self, interval: float) -> None:
         while not self.closed:
             # What is being sent is sign of life enough, also while it waits for room.
-            left = self._wrote + interval - time.monotonic()
-            if left <= 0:
-                if self._writable.is_set():
-                    self.put(FrameType.HEARTBEAT)
-                    self._write()
-                left = interval
-            # No shorter than what any clock can tell; five beats leave so much room.
-            await asyncio.sleep(max(left, interval / 16))
+            now = time.monotonic()
+            if now - self._wrote >= RECENT * interval and self._writable.is_set():
+                self.put(FrameType.HEARTBEAT)
+                self._write()
+            await sleep_until(next_turn(now, interval))
 
     def _write(self) -> None:
         if not self._pending or self._transport is None or self.closed:
@@ -371,24 +376,43 @@ class Link(asyncio.BufferedProtocol):
 
         :raise ProtocolError: it must not come on this connection, or not now
         """
-        spec = SPECS[frame.type]
         reach(GOT[frame.type])
-        if frame.type is FrameType.ERROR:
-            fields = decode_json(frame)
-            self.end(PeerRefused(fields.text("code"), fields.text("message")))
+        if frame.type is FrameType.HEARTBEAT and self._welcome:
             return
-        greeting = frame.type in (FrameType.HELLO, FrameType.HELLO_ACK)
-        early = self._hello_came and not self.connector and not self.greeted
-        if greeting == self._hello_came or early or not set(spec.sender) & set(self._letters):
-            raise ProtocolError(f"{frame.type.name} came, which is not expected now")
-        role = self.peer.role if self.greeted else self.hello.role
-        if not greeting and role[0].upper() not in spec.roles:
-            raise ProtocolError(f"{frame.type.name} came on a {role} connection")
-        self._hello_came = True
-        if frame.type is not FrameType.HEARTBEAT and not self._divert(frame):
+        if frame.type not in self._welcome:
+            if frame.type is FrameType.ERROR:
+                fields = decode_json(frame)
+                self.end(PeerRefused(fields.text("code"), fields.text("message")))
+                return
+            self._judge_greeting(frame)
+        if not self._divert(frame):
             self._frames.append(frame)
             self._queued += frame.size
             self._arrived.set()
+
+    def _judge_greeting(self, frame: Frame) -> None:
+        """:raise ProtocolError: it is not the greeting, or that has come already"""
+        spec = SPECS[frame.type]
+        greeting = frame.type in (FrameType.HELLO, FrameType.HELLO_ACK)
+        if self._welcome and not greeting and self._letters.intersection(spec.sender):
+            role = self.peer.role if self.greeted else self.hello.role
+            raise ProtocolError(f"{frame.type.name} came on a {role} connection")
+        if self._hello_came or not greeting or self._letters.isdisjoint(spec.sender):
+            raise ProtocolError(f"{frame.type.name} came, which is not expected now")
+        self._hello_came = True
+        if self.connector:
+            # Whoever accepted may go on at once; whoever connected waits for the answer.
+            self._welcome = self._types(self.hello.role)
+
+    def _types(self, role: str) -> frozenset[FrameType]:
+        """What the peer may send on a connection of that role once it was greeted."""
+        return frozenset(
+            kind
+            for kind, spec in SPECS.items()
+            if kind not in (FrameType.HELLO, FrameType.HELLO_ACK, FrameType.ERROR)
+            and role[0].upper() in spec.roles
+            and self._letters.intersection(spec.sender)
+        )
 
     def _divert(self, frame: Frame) -> bool:
         if self._thrown is not None:

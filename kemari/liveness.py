@@ -21,15 +21,19 @@ counted as the other host's silence.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from checkpoint.turns import next_turn, sleep_until
+
 #: Beats per time-out: one lost or late beat does not matter.
 BEATS: Final = 5
+
+#: Beats that have not come when a death is suspected: what may be of use then is prepared.
+_SUSPICIOUS: Final = 2
 
 #: Seconds between two ticks at least: more than what is lost in arithmetic.
 _SHORTEST: Final = 0.001
@@ -65,7 +69,7 @@ class Watch:
     def __init__(self, timeout: float, now: float) -> None:
         self.timeout = timeout
         self._paths: dict[str, _Path] = {REPLICATION: _Path(now)}
-        self.due = now + self.pace
+        self.due = next_turn(now, self.pace)
 
     @property
     def pace(self) -> float:
@@ -99,7 +103,9 @@ class Watch:
             for path in self._paths.values():
                 path.evidence = min(now, path.evidence + late)
         left = self.timeout - self.silence(now)
-        self.due = now + (min(self.pace, max(left, _SHORTEST)) if left > 0 else self.pace)
+        self.due = next_turn(now, self.pace)
+        if left > 0:
+            self.due = min(self.due, now + max(left, _SHORTEST))
         return self._verdict(now)
 
     def _verdict(self, now: float) -> Verdict:
@@ -116,6 +122,15 @@ class Watch:
         return now - max(path.evidence for path in self._paths.values())
 
 
+def suspected(silence: float, timeout: float) -> bool:
+    """Whether a death may be what follows.
+
+    :param silence: seconds without a sign of life
+    :param timeout: seconds of silence that mean death
+    """
+    return silence >= timeout * _SUSPICIOUS / BEATS
+
+
 async def until_silent(
     watch: Watch, evidence: Callable[[], Mapping[str, float]], over: Callable[[], bool]
 ) -> Verdict | None:
@@ -126,7 +141,7 @@ async def until_silent(
     :return: what is known then; None if it is over
     """
     while not over():
-        await asyncio.sleep(watch.due - time.monotonic())
+        await sleep_until(watch.due)
         for path, when in evidence().items():
             watch.heard(path, when)
         verdict = watch.tick(time.monotonic())

@@ -11,11 +11,13 @@ import os
 import secrets
 import socket
 import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from checkpoint.turns import next_turn, sleep_until
 from kemari.config import Address
 from kemari.liveness import BEATS
 from kemari.pacemaker import Orders, plain
@@ -153,7 +155,7 @@ class Pulses:
                 self._board.turn()
                 if keeper.done():
                     keeper.result()
-                await asyncio.sleep(self._pace)
+                await sleep_until(next_turn(time.monotonic(), self._pace))
         finally:
             keeper.cancel()
             await asyncio.gather(keeper, *self._resolving, return_exceptions=True)
