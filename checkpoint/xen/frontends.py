@@ -37,6 +37,7 @@ class Frontends:
         self._domid = domid
         self._base = f"/local/domain/{domid}"
         self._written: dict[str, str] = {}
+        self._backends: dict[str, str] = {}
 
     def describe(self, tree: Mapping[str, str]) -> None:
         """Write what backends will read; none of them attaches.
@@ -71,11 +72,17 @@ class Frontends:
                 for path, value in tree.items()
                 if _is_state(path) and value == _CONNECTED
             )
+            backends = []
+            for frontend in frontends:
+                backend = self._backend(store, frontend)
+                if backend is None:
+                    raise ReviveError(f"{frontend} has no backend (expected the toolstack's)")
+                backends.append(backend)
+            watched = [store.watch(f"{backend}/{_STATE}") for backend in backends]
             for frontend in frontends:
                 store.write(f"{self._base}/{frontend}/{_STATE}", _CONNECTED)
-            for frontend in frontends:
-                backend = store.read(f"{self._base}/{frontend}/backend")
-                found = store.wait(f"{backend}/state", lambda v: v == _CONNECTED, _BACKEND_BOUND)
+            for backend, state in zip(backends, watched, strict=True):
+                found = state.wait(lambda value: value == _CONNECTED, _BACKEND_BOUND)
                 if found != _CONNECTED:
                     raise ReviveError(
                         f"backend {backend} is in state {found} (expected {_CONNECTED}, connected)"
@@ -85,7 +92,16 @@ class Frontends:
         finally:
             store.close()
 
+    def _backend(self, store: Store, frontend: str) -> str | None:
+        """Path of a frontend's backend: set by the toolstack of this host, and for good."""
+        known = self._backends.get(frontend) or store.read(f"{self._base}/{frontend}/backend")
+        if known is not None:
+            self._backends[frontend] = known
+        return known
+
     def _describe(self, store: Store, tree: Mapping[str, str]) -> None:
+        for path in filter(_is_state, tree):
+            self._backend(store, path.removesuffix(f"/{_STATE}"))
         wanted = {path: value for path, value in tree.items() if _is_carried(path)}
         for path in sorted(self._written.keys() - wanted.keys()):
             store.remove(f"{self._base}/{path}")

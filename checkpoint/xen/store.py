@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import queue
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import pyxs
 from pyxs.exceptions import PyXSError
 
 from checkpoint.errors import CheckpointError
+
+#: Seconds for the event that each watch begins with; without it a change costs one question more.
+_FIRST_EVENT: Final = 1.0
 
 
 class Store:
@@ -86,34 +90,44 @@ class Store:
         """A copy of everything below ``top`` that is kept up to date."""
         return Following(self, self._client.monitor(), top)
 
-    def wait(
-        self, path: str, satisfied: Callable[[str | None], bool], timeout: float
-    ) -> str | None:
-        """Wait until the value at ``path`` satisfies; the value then, or at the end of the time.
+    def watch(self, path: str) -> Watched:
+        """Note changes of the value at ``path`` from now on, until the connection is closed."""
+        try:
+            return Watched(self, self._client.monitor(), path)
+        except PyXSError as exc:
+            raise CheckpointError(f"xenstore node {path} cannot be watched: {exc}") from exc
+
+
+class Watched:
+    """One node that is watched: waiting for a value costs a question for each change of it.
+
+    :param monitor: of pyxs
+    """
+
+    def __init__(self, store: Store, monitor: Any, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._events = monitor.events
+        monitor.watch(path.encode(), f"kemari-wait-{path}".encode())
+        # It fires once at once (docs/misc/xenstore.txt), whatever the value is.
+        with contextlib.suppress(queue.Empty):
+            self._events.get(timeout=_FIRST_EVENT)
+
+    def wait(self, satisfied: Callable[[str | None], bool], timeout: float) -> str | None:
+        """Wait until the value, once it was changed, satisfies; or as it is at the end of the time.
 
         :param timeout: seconds
         """
-        value = self.read(path)
-        if satisfied(value):
-            return value  # a watch would cost several questions more
-        monitor = self._client.monitor()
-        token = f"kemari-wait-{path}"
-        monitor.watch(path.encode(), token.encode())
-        try:
-            deadline = time.monotonic() + timeout
-            while True:
-                value = self.read(path)
-                if satisfied(value):
-                    return value
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return value
-                try:
-                    monitor.events.get(timeout=left)
-                except queue.Empty:
-                    continue
-        finally:
-            monitor.unwatch(path.encode(), token.encode())
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                self._events.get(timeout=left)
+            except queue.Empty:
+                break
+            value = self._store.read(self._path)
+            if satisfied(value):
+                return value
+        return self._store.read(self._path)
 
 
 class Following:

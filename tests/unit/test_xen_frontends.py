@@ -85,6 +85,17 @@ def test_a_device_that_was_not_connected_is_left_alone(store: FakeStore) -> None
         assert store.nodes[f"{VIF}/state"] == "4"
 
 
+def test_a_frontend_that_the_toolstack_has_left_alone(store: FakeStore) -> None:
+    del store.nodes[f"{VBD}/backend"]
+    with (
+        pytest.raises(ReviveError, match="device/vbd/51712 has no backend"),
+        Frontends(3).attached(TREE),
+    ):
+        raise AssertionError("the guest must not run")
+    assert f"{VIF}/state" not in store.written
+    assert store.open == 0
+
+
 def test_a_backend_that_does_not_attach(store: FakeStore) -> None:
     store.connects = False
     with (

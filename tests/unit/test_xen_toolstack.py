@@ -17,7 +17,7 @@ import pyxs
 from pyxs.exceptions import PyXSError
 
 from checkpoint.errors import CheckpointError
-from checkpoint.xen import toolstack
+from checkpoint.xen import store, toolstack
 from checkpoint.xen.store import Store
 
 # ---- Section: xl ----
@@ -165,7 +165,6 @@ class Client:
         return SimpleNamespace(
             events=self.events,
             watch=lambda path, token: self.watched.append((path, token)),
-            unwatch=lambda path, token: self.watched.remove((path, token)),
         )
 
 
@@ -235,23 +234,35 @@ def test_refusals_are_no_absence(client: Any, action: Any, words: str) -> None:
 
 
 def test_waiting_for_a_value(client: Any) -> None:
-    connection = Store()
     client.nodes[b"/b/state"] = b"2"
+    client.events.put(b"the first one, of no change")
+    watched = Store().watch("/b/state")
     values = []
 
     def satisfied(value: str | None) -> bool:
         values.append(value)
-        client.write(b"/b/state", b"3" if value == "2" else b"4")
+        client.write(b"/b/state", b"4")
         return value == "4"
 
-    assert connection.wait("/b/state", satisfied, 30.0) == "4"
-    assert values == ["2", "3", "4"]
-    assert client.watched == []
+    client.write(b"/b/state", b"3")
+    assert watched.wait(satisfied, 30.0) == "4"
+    # Nobody asks for a value that has not changed since it was watched.
+    assert values == ["3", "4"]
 
 
 def test_waiting_in_vain(client: Any) -> None:
-    assert Store().wait("/b/state", lambda value: value == "4", 0.05) is None
-    assert client.watched == []
+    client.nodes[b"/b/state"] = b"2"
+    client.events.put(b"the first one, of no change")
+    assert Store().watch("/b/state").wait(lambda value: value == "4", 0.05) == "2"
+
+
+def test_a_watch_that_does_not_fire_at_once_is_a_watch(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_FIRST_EVENT", 0.01)
+    watched = Store().watch("/b/state")
+    client.write(b"/b/state", b"4")
+    assert watched.wait(lambda value: value == "4", 30.0) == "4"
 
 
 TOP = "/local/domain/3"
@@ -270,13 +281,13 @@ def touch(client: Any, path: str, value: str | None) -> None:
 
 def test_following_a_part_of_the_store(client: Any) -> None:
     client.nodes = {f"{TOP}/{path}".encode(): b"" for path in ("device/vif/0/state", "name")}
-    store = Store()
-    following = store.follow(TOP)
+    connection = Store()
+    following = connection.follow(TOP)
     assert client.watched == [(TOP.encode(), b"kemari-changes")]
     client.events.put(SimpleNamespace(path=TOP.encode(), token=b"kemari-changes"))
     assert following.changed()
     assert following.changed()  # until the copy was brought up to date
-    assert following.tree() == store.tree(TOP)
+    assert following.tree() == connection.tree(TOP)
     assert not following.changed()
     for path, value in (
         ("name", "web"),
@@ -290,7 +301,7 @@ def test_following_a_part_of_the_store(client: Any) -> None:
     ):
         touch(client, path, value)
         assert following.changed()
-        assert following.tree() == store.tree(TOP)
+        assert following.tree() == connection.tree(TOP)
         assert not following.changed()
 
 

@@ -64,15 +64,10 @@ class FakeStore:
         }
         return sorted(names)
 
-    def wait(
-        self, path: str, satisfied: Callable[[str | None], bool], _timeout: float
-    ) -> str | None:
-        """As ``Store.wait``, at the end of its time."""
-        if self.connects:
-            self.others[path] = "4"
-        value = self.others.get(path)
-        assert self.connects == satisfied(value)
-        return value
+    def watch(self, path: str) -> FakeWatched:
+        """As ``Store.watch``."""
+        assert self.others.get(path) != "4", "a backend attaches before it is watched"
+        return FakeWatched(self, path)
 
     def set(self, path: str, value: str) -> None:
         """Somebody writes a node."""
@@ -82,6 +77,22 @@ class FakeStore:
     def follow(self, _top: str) -> FakeFollowing:
         """As ``Store.follow``."""
         return FakeFollowing(self)
+
+
+class FakeWatched:
+    """In the place of ``checkpoint.xen.store.Watched``."""
+
+    def __init__(self, store: FakeStore, path: str) -> None:
+        self._store = store
+        self._path = path
+
+    def wait(self, satisfied: Callable[[str | None], bool], _timeout: float) -> str | None:
+        """As ``Watched.wait``, at the end of its time."""
+        if self._store.connects:
+            self._store.others[self._path] = "4"
+        value = self._store.others.get(self._path)
+        assert self._store.connects == satisfied(value)
+        return value
 
 
 class FakeFollowing:
