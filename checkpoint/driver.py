@@ -244,6 +244,17 @@ class Shell(Protocol):
         :raise CheckpointError: it could not
         """
 
+    def foresee(self, state: bytes) -> None:
+        """Find out what running the guest from ``memory`` and ``state`` will take, which makes a
+        :meth:`revive` with the very same object shorter; it may never come.
+
+        To be called while ``memory`` is of that state's epoch.  If a later epoch comes into it
+        meanwhile, what was found out is wrong, or this fails, and neither does any harm: nobody
+        revives the earlier state any more.
+
+        :raise Exception: it cannot be found out
+        """
+
     def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
         """Run the guest from ``memory`` and ``state``.
 

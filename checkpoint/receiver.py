@@ -189,6 +189,13 @@ class Receiver:
             self.link.end(None)
             self._done.set()
 
+    @property
+    def at_rest(self) -> Committed | None:
+        """The last complete epoch, while the shell's memory is of that one; None at other times."""
+        committed = self.committed
+        whole = committed is not None and self._incoming.number == committed.epoch + 1
+        return committed if whole else None
+
     async def halt(self) -> None:
         """Nothing is heard of the primary: end :meth:`run` now, which raises ``PeerSilent``.
 

@@ -11,17 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Final
 
 from checkpoint.driver import Nic
 from kemari.host import Host
-from kemari.liveness import BEATS
+from kemari.liveness import suspected
 from kemari.output import Backlog
 
 log = logging.getLogger(__name__)
-
-#: The share of the heartbeat time without a sign of life after which frames are kept.
-SUSPICION: Final = 2 / BEATS
 
 
 class Interim:
@@ -38,8 +34,7 @@ class Interim:
 
         :param silence: seconds without a sign of life of the host that runs the guest
         """
-        suspected = silence >= SUSPICION * self._host.config.heartbeat
-        if not suspected:
+        if not suspected(silence, self._host.config.heartbeat):
             self.close()
         elif self._backlog is None and not self._failed:
             try:

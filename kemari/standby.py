@@ -23,6 +23,7 @@ from checkpoint.incoming import Committed
 from checkpoint.lifeline import Owner
 from checkpoint.link import Link, PeerClosed, PeerSilent
 from checkpoint.receiver import Receiver, StaleGeneration
+from checkpoint.turns import sleep_until
 from kemari.actions import (
     Actions,
     DestroyShell,
@@ -33,10 +34,11 @@ from kemari.actions import (
 )
 from kemari.config import Address, Options
 from kemari.errors import KemariError
+from kemari.foresight import Foresight
 from kemari.host import Host, host_is_alive
 from kemari.interim import Interim
 from kemari.ledger import Record, Role
-from kemari.liveness import REPLICATION, Verdict, Watch
+from kemari.liveness import REPLICATION, Verdict, Watch, suspected
 from kemari.ownership import offered_options, standby_record
 from kemari.peers import Peers, further_addresses
 from kemari.replicas import StandbyDisks
@@ -93,6 +95,7 @@ class StandbySession:
         self._deciding = asyncio.Lock()
         self._revive_error: Exception | None = None
         self._interim = Interim(host)
+        self._foresight = Foresight(host)
         self._disks = StandbyDisks(host.config.paths, host.locate, self._receiver.applied)
 
     # ---- Section: what the daemon calls ----
@@ -352,7 +355,7 @@ class StandbySession:
         watch = Watch(self._host.config.heartbeat, time.monotonic())
         closed_at: float | None = None
         while not self.over.is_set():
-            await asyncio.sleep(watch.due - time.monotonic())
+            await sleep_until(watch.due)
             now = time.monotonic()
             if not self._link.closed:
                 watch.heard(REPLICATION, self._peers.heard(self._link))
@@ -377,7 +380,14 @@ class StandbySession:
             elif verdict is Verdict.LINK_DEAD:
                 await self._link_is_dead()
             elif self._shell is not None:
-                self._interim.watch(self.guest, self._shell.nics, watch.silence(now))
+                self._prepare_takeover(self._shell, watch.silence(now))
+
+    def _prepare_takeover(self, shell: Shell, silence: float) -> None:
+        """Do what can be done before it is known whether the primary is dead, or undo it."""
+        self._interim.watch(self.guest, shell.nics, silence)
+        committed = self._receiver.at_rest
+        if suspected(silence, self._host.config.heartbeat) and committed is not None:
+            self._foresight.look(self.guest, shell, committed)
 
     async def _link_is_dead(self) -> None:
         await self._receiver.halt()

@@ -14,47 +14,38 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from checkpoint.driver import PAGE_SIZE, Description
 from checkpoint.errors import ReviveError
 from checkpoint.faultpoints import reach
 from checkpoint.guest.clock import detach_runstate, shift_clock
-from checkpoint.guest.events import event_pages, settle_fifo
+from checkpoint.guest.events import settle_fifo
 from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.memory import RamView
-from checkpoint.guest.xenstore import read_watches
 from checkpoint.stages import Laps
 from checkpoint.xen import rings, stub
+from checkpoint.xen.borrowed import borrowed
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import (
     HVM_PARAM_CALLBACK_IRQ,
-    HVM_PARAM_CONSOLE_EVTCHN,
-    HVM_PARAM_STORE_EVTCHN,
     XENMAPSPACE_GRANT_TABLE,
     XENMAPSPACE_SHARED_INFO,
     Domain,
 )
 from checkpoint.xen.frontends import Frontends
 from checkpoint.xen.mapping import GrantFrames, Mapping
+from checkpoint.xen.plan import Plan
 from checkpoint.xen.state import MachineState
 from checkpoint.xen.watches import WatchRequests
 
 log = logging.getLogger(__name__)
 
-#: guest frames that the stub borrows: low RAM that every PVH guest has
-_STUB_GFN = 0x20
-#: seconds
-_STUB_BOUND, _STORE_BOUND = 10.0, 10.0
+#: how long xenstored may take to answer, seconds
+_STORE_BOUND = 10.0
 #: calls of one run of the stub; there is room for one more, to notify xenstored
 _ROUND = stub.MOST_CALLS - 1
 #: how long to wait for the first event of a watch that was answered, seconds
 _EVENT_BOUND = 1.0
-
-#: HYPERVISOR_CALLBACK_VECTOR of Linux (arch/x86/include/asm/irq_vectors.h), used when the guest
-#: has its events delivered per vCPU
-_UPCALL_VECTOR = 0xF3
-_CALLBACK_TYPE_VECTOR = 2
 
 #: struct shared_info (xen.h, 64 bit): 32 vcpu_info of 64 bytes, then pending and mask bits
 _PENDING_AT, _MASK_AT, _BITS = 2048, 2560, 512
@@ -67,46 +58,36 @@ _TIME_AT = 32
 def revive(
     domain: Domain,
     description: Description,
-    state: MachineState,
+    plan: Plan,
     memory: memoryview,
     frontends: Frontends,
     elapsed_ns: int,
     running: Callable[[], None],
 ) -> None:
-    """Run ``domain`` from ``memory`` and ``state``.
+    """Run ``domain`` from ``memory`` and the state of ``plan``.
 
-    :param memory: its RAM, holding the whole last epoch
+    :param plan: of the whole last epoch
+    :param memory: its RAM, holding that epoch
     :param frontends: its devices, as far as they are known
     :param elapsed_ns: time since the capture of that epoch
     :param running: called as soon as it runs
     :raise ReviveError: it cannot run; the domain is paused
     """
     laps = Laps()
-    layout = LinuxLayout.from_json(description.detail["layout"])
+    layout, state, vector = plan.layout, plan.state, plan.vector
     ram = RamView(memory)
     context = Context(state.context)
     store_page_gfn, console_page_gfn = description.detail["special"][:2]
-    reserved = check_state(domain, description, state)
-    vector = _upcall_vector(state)
-
-    calls = [
-        stub.register_vcpu_info(cpu.vcpu, cpu.vcpu_info) for cpu in layout.cpus if cpu.registered
-    ]
-    if vector is not None:
-        calls += [stub.upcall_vector(cpu.vcpu, vector) for cpu in layout.cpus]
-    fifo = _FifoPages(ram, layout)
-    calls += fifo.calls()
-    calls += stub.bind_events(state.events, reserved)
-    watches = read_watches(ram, layout)
+    fifo = _FifoPages(ram, layout, plan.fifo_pages)
     infos = {cpu.vcpu: ram.read(cpu.vcpu_info, _VCPU_INFO_SIZE) for cpu in layout.cpus}
 
     def elapsed() -> int:
         return elapsed_ns + laps.elapsed_ns
 
-    laps.lap("read")
+    laps.lap("begin")
     reach("revive-stub")
     with _mapped(domain, store_page_gfn) as page:
-        _run_stub(domain, context, memory, calls, WatchRequests(page, watches), reserved)
+        _make_calls(domain, context, memory, plan, WatchRequests(page, plan.watches))
         page[:] = state.pages[store_page_gfn]
     with _mapped(domain, console_page_gfn) as page:
         page[:] = state.pages[console_page_gfn]
@@ -137,39 +118,6 @@ def revive(
     log.info("guest %s runs after %s", description.name, laps)
 
 
-def check_state(domain: Domain, description: Description, state: MachineState) -> set[int]:
-    """Whether ``state`` has all that a revival needs; the ports that the toolstack has made.
-
-    :raise ReviveError: it has not
-    """
-    missing = set(description.detail["special"][:2]).difference(state.pages)
-    if missing:
-        raise ReviveError(f"the state has no page {min(missing):#x} (expected its contents)")
-    if HVM_PARAM_CALLBACK_IRQ not in state.params:
-        raise ReviveError("the state has no HVM parameter 0 (expected how events are delivered)")
-    frames = LinuxLayout.from_json(description.detail["layout"]).grants.gfns
-    if len(state.grants) > len(frames):
-        raise ReviveError(
-            f"the state has {len(state.grants)} grant frames (expected at most {len(frames)})"
-        )
-    reserved = {
-        domain.get_param(HVM_PARAM_STORE_EVTCHN),
-        domain.get_param(HVM_PARAM_CONSOLE_EVTCHN),
-    }
-    if not reserved <= {event.port for event in state.events}:
-        raise ReviveError(
-            f"the toolstack made event channels {sorted(reserved)} "
-            "(expected ones that the guest has)"
-        )
-    return reserved
-
-
-def _upcall_vector(state: MachineState) -> int | None:
-    via = state.params[HVM_PARAM_CALLBACK_IRQ]
-    # With per-vCPU upcall vectors the parameter is a dummy (arch/x86/xen/enlighten_hvm.c)
-    return None if via >> 56 == _CALLBACK_TYPE_VECTOR else _UPCALL_VECTOR
-
-
 @contextmanager
 def _mapped(domain: Domain, gfn: int) -> Iterator[memoryview]:
     mapping = Mapping(domain.domid, [gfn], writable=True)
@@ -179,28 +127,15 @@ def _mapped(domain: Domain, gfn: int) -> Iterator[memoryview]:
         mapping.close()
 
 
-def _vendor_is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    return "GenuineIntel" in cpuinfo.read_text()
-
-
-def _run_stub(
-    domain: Domain,
-    context: Context,
-    memory: memoryview,
-    calls: list[stub.Call],
-    watches: WatchRequests,
-    reserved: set[int],
+def _make_calls(
+    domain: Domain, context: Context, memory: memoryview, plan: Plan, watches: WatchRequests
 ) -> None:
-    """Let the stub make its calls on vCPU 0; guest memory and vCPU state are as before after it."""
-    base = _STUB_GFN * PAGE_SIZE
-    area = memory[base : base + stub.STUB_PAGES * PAGE_SIZE]
-    saved = bytes(area)
-    store_port = min(reserved)
-    started = Context(context.only_boot_vcpu())
-    asked = time.monotonic()
-    rounds = [calls[at : at + _ROUND] for at in range(0, len(calls), _ROUND)]
-    try:
+    """Make the guest's own calls and set its watches; memory is as before after it."""
+    store_port = min(plan.reserved)
+    rounds = [plan.calls[at : at + _ROUND] for at in range(0, len(plan.calls), _ROUND)]
+    with borrowed(domain, context, memory, intel=plan.intel) as vcpu:
         pending = rounds.pop(0) if rounds else []
+        asked = time.monotonic()
         while pending or not watches.done:
             if watches.pump():
                 pending = [*pending, stub.send(store_port)]
@@ -216,23 +151,9 @@ def _run_stub(
                     )
                 os.sched_yield()  # xenstored is at work; it sends no event to us
                 continue
-            area[:] = stub.assemble(pending, base, intel=_vendor_is_intel())
-            started.start_flat(0, base)
-            domain.set_context(started.to_bytes())
-            domain.unpause()
-            try:
-                deadline = time.monotonic() + _STUB_BOUND
-                while not stub.finished(area):
-                    if time.monotonic() > deadline:
-                        raise ReviveError(f"the revive stub did not end within {_STUB_BOUND} s")
-                    os.sched_yield()
-            finally:
-                domain.pause()
-            stub.check_results(area, pending)
+            vcpu.make(pending)
             pending = rounds.pop(0) if rounds else []
             asked = time.monotonic()
-    finally:
-        area[:] = saved
 
 
 class _FifoPages:
@@ -242,24 +163,12 @@ class _FifoPages:
     captured contents are joined with Xen's afterwards.
     """
 
-    def __init__(self, ram: RamView, layout: LinuxLayout) -> None:
+    def __init__(self, ram: RamView, layout: LinuxLayout, pages: list[int]) -> None:
         self._ram, self._layout = ram, layout
-        self._array = event_pages(ram, layout)
         blocks = [cpu.control_block for cpu in layout.cpus if cpu.control_block is not None]
-        self._saved = {pa: ram.read(pa, PAGE_SIZE) for pa in [*blocks, *self._array]}
+        self._saved = {pa: ram.read(pa, PAGE_SIZE) for pa in [*blocks, *pages]}
         for pa in self._saved:
             ram.write(pa, bytes(PAGE_SIZE))
-
-    def calls(self) -> list[stub.Call]:
-        """Registrations, to be made before any port is bound."""
-        blocks = [
-            stub.fifo_init_control(
-                cpu.vcpu, cpu.control_block // PAGE_SIZE, cpu.control_block % PAGE_SIZE
-            )
-            for cpu in self._layout.cpus
-            if cpu.control_block is not None
-        ]
-        return blocks + [stub.fifo_expand_array(pa // PAGE_SIZE) for pa in self._array]
 
     def settle(self, state: MachineState) -> None:
         """Put the captured events back, each of them pending."""

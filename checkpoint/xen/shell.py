@@ -6,17 +6,22 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from checkpoint.driver import Description, Disk, Nic, nothing
 from checkpoint.errors import CheckpointError
+from checkpoint.guest.memory import RamView
 from checkpoint.xen import control, toolstack
+from checkpoint.xen.borrowed import rehearse
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import HVM_PARAM_CONSOLE_EVTCHN, HVM_PARAM_STORE_EVTCHN, Domain
 from checkpoint.xen.frontends import Frontends
 from checkpoint.xen.mapping import MMIO_HOLE, Mapping, map_ram
-from checkpoint.xen.revive import check_state, revive
+from checkpoint.xen.plan import Plan, check_state, make_plan
+from checkpoint.xen.revive import revive
 from checkpoint.xen.state import MachineState
 from checkpoint.xen.stream import shell_stream
 
@@ -42,6 +47,9 @@ class XenShell:
         self._domain = domain
         self._frontends = frontends
         self._gone = False
+        #: held while the memory is read for a plan, while that is carried out, and at the end
+        self._planning = threading.Lock()
+        self._plan: tuple[bytes, Plan] | None = None
         self._ram = map_ram(domain.domid, description.pages, writable=True)
         missing = set(self._ram.holes).difference(description.detail["holes"], MMIO_HOLE)
         if missing:
@@ -60,26 +68,47 @@ class XenShell:
     def examine(self, state: bytes) -> None:
         check_state(self._domain, self._description, MachineState.from_bytes(state))
 
+    def foresee(self, state: bytes) -> None:
+        with self._planning:
+            made = self._make_plan(state)
+            self._frontends.describe(made.state.store)
+            self._plan = (state, made)
+
     def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
-        revive(
-            self._domain,
-            self._description,
-            MachineState.from_bytes(state),
-            self.memory,
-            self._frontends,
-            elapsed_ns,
-            running,
-        )
+        began = time.monotonic_ns()
+        with self._planning:
+            foreseen, made = self._plan or (None, None)
+            # The very same: of two epochs of which the states are equal the memory may differ.
+            if made is None or foreseen is not state:
+                made = self._make_plan(state)
+            elapsed_ns += time.monotonic_ns() - began
+            revive(
+                self._domain,
+                self._description,
+                made,
+                self.memory,
+                self._frontends,
+                elapsed_ns,
+                running,
+            )
+
+    def _make_plan(self, state: bytes) -> Plan:
+        return make_plan(self._domain, self._description, state, RamView(self.memory))
 
     def settle(self) -> None:
-        self._ram.close()
+        self._release_memory()
         toolstack.rename(self._domain.domid, self._description.name)
 
     def destroy(self) -> None:
         if not self._gone:
-            self._ram.close()
+            self._release_memory()
             toolstack.destroy(self._domain.domid)
             self._gone = True
+
+    def _release_memory(self) -> None:
+        with self._planning:
+            self._plan = None
+            self._ram.close()
 
 
 def create(description: Description) -> XenShell:
@@ -132,10 +161,16 @@ def create(description: Description) -> XenShell:
         _write_static(description.domid, static)
         frontends = Frontends(description.domid)
         frontends.describe(detail.get("store", {}))
-        return XenShell(description, domain, nics, frontends)
+        made = XenShell(description, domain, nics, frontends)
     except BaseException:
         toolstack.destroy(description.domid)
         raise
+    try:
+        rehearse(domain, made.memory, detail["ports"][0])
+    except BaseException:
+        made.destroy()
+        raise
+    return made
 
 
 def _check_ports(domain: Domain, expected: list[int]) -> None:

@@ -24,7 +24,7 @@ _HYPERVISOR_VCPU_OP, _HYPERVISOR_EVENT_CHANNEL_OP, _HYPERVISOR_HVM_OP = 24, 32, 
 _HYPERVISOR_SCHED_OP = 29  # SCHEDOP_yield is 0 (xen/include/public/sched.h)
 _VCPUOP_REGISTER_VCPU_INFO = 10
 _HVMOP_SET_EVTCHN_UPCALL_VECTOR = 23
-_BIND_VIRQ, _CLOSE, _SEND, _ALLOC_UNBOUND, _BIND_IPI, _BIND_VCPU = 1, 3, 4, 6, 7, 8
+_BIND_VIRQ, _CLOSE, _SEND, _STATUS, _ALLOC_UNBOUND, _BIND_IPI, _BIND_VCPU = 1, 3, 4, 5, 6, 7, 8
 _INIT_CONTROL, _EXPAND_ARRAY = 11, 12
 _DOMID_SELF = 0x7FF0
 
@@ -100,6 +100,12 @@ def send(port: int) -> Call:
     return Call(
         _HYPERVISOR_EVENT_CHANNEL_OP, _SEND, f"notification on port {port}", struct.pack("<I", port)
     )
+
+
+def status(port: int) -> Call:
+    """Ask what ``port`` is; changes nothing."""
+    argument = struct.pack("<HxxI16x", _DOMID_SELF, port)
+    return Call(_HYPERVISOR_EVENT_CHANNEL_OP, _STATUS, f"status of port {port}", argument)
 
 
 def bind_events(events: Sequence[EventChannel], reserved: set[int]) -> list[Call]:

@@ -35,6 +35,9 @@ class BytesShell:
     def examine(self, state: bytes) -> None:
         raise AssertionError("a session never looks into a state")
 
+    def foresee(self, state: bytes) -> None:
+        raise AssertionError("a session never looks ahead")
+
     def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
         raise AssertionError("a session never revives")
 

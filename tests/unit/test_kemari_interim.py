@@ -11,11 +11,12 @@ from typing import Any, cast
 import pytest
 
 from kemari.host import Host
-from kemari.interim import SUSPICION, Interim
+from kemari.interim import Interim
+from kemari.liveness import BEATS
 from kemari.memory import MemoryBacklog, MemoryNetwork, Switch
 
 HEARTBEAT = 2.0
-LONG = SUSPICION * HEARTBEAT
+LONG = 2 * HEARTBEAT / BEATS
 
 
 @pytest.fixture

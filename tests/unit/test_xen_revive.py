@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import struct
 from collections.abc import Callable
 
 import pytest
 
-from checkpoint.driver import PAGE_SIZE, Disk
+from checkpoint.driver import PAGE_SIZE, Description, Disk
 from checkpoint.errors import ReviveError
-from checkpoint.xen import revive, shell
+from checkpoint.guest.memory import RamView
+from checkpoint.xen import borrowed, revive, shell
 from checkpoint.xen.context import Context
+from checkpoint.xen.control import Domain
 from checkpoint.xen.host import XenHost
+from checkpoint.xen.plan import Plan, make_plan
 from checkpoint.xen.shell import XenShell
 from checkpoint.xen.state import MachineState
 from tests.unit.xen_guest import CONSOLE_GFN, DOMID, STORE_GFN, VBD, VIF
@@ -83,6 +87,73 @@ def test_a_guest_comes_to_life(world: World) -> None:
     assert world.renamed == [(DOMID, "web")]
     assert not world.standby.mapped
     assert not world.standby.resources
+
+
+def test_a_shell_makes_a_call_before_it_is_of_any_use(world: World) -> None:
+    _description, made = world.protect()
+    assert [command for _number, command, _argument in world.machine.made] == [5]
+    assert world.standby.domains[DOMID].pauses == 1
+    made.destroy()
+
+
+def test_a_shell_that_makes_no_call_is_none(world: World) -> None:
+    world.machine.refusing[5] = errno.EINVAL
+    with pytest.raises(ReviveError, match="status of port 1: the hypervisor answered -22"):
+        world.protect()
+    assert world.rig.destroyed == [DOMID]
+    assert not world.standby.mapped
+
+
+def test_what_was_foreseen_is_not_found_out_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(world)
+    before = bytes(made.memory)
+    ports = dict(world.machine.ports)
+    state = world.state
+    made.foresee(state)
+    assert bytes(made.memory) == before
+    assert world.machine.ports == ports
+    assert world.standby.domains[DOMID].pauses == 1
+    # No backend attaches, and what one will read is there.
+    assert f"{VIF}/state" not in world.store.written
+    assert world.store.nodes[f"{VIF}/tx-ring-ref"] == "8"
+
+    def again(*_: object) -> None:
+        raise AssertionError("this was found out already")
+
+    monkeypatch.setattr(shell, "make_plan", again)
+    made.revive(state, elapsed_ns=0)
+    assert world.ring is not None
+    assert [path for path, _token in world.ring.watches] == list(world.rig.kernel.options.watches)
+
+
+def test_what_was_foreseen_of_another_epoch_is_not_used(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(world)
+    made.foresee(world.state)
+    found: list[bytes] = []
+
+    def again(domain: Domain, description: Description, state: bytes, memory: RamView) -> Plan:
+        found.append(state)
+        return make_plan(domain, description, state, memory)
+
+    monkeypatch.setattr(shell, "make_plan", again)
+    later = bytes(bytearray(world.state))  # as equal as can be, and of another epoch all the same
+    made.revive(later, elapsed_ns=0)
+    assert found == [later]
+
+
+def test_a_look_ahead_that_fails_spoils_nothing(world: World) -> None:
+    made = prepared(world)
+    state = MachineState.from_bytes(world.state)
+    state.pages.pop(STORE_GFN)
+    with pytest.raises(ReviveError, match="no page 0xfeffc"):
+        made.foresee(state.to_bytes())
+    made.revive(world.state, elapsed_ns=0)
+    made.settle()
+    assert not world.standby.mapped
 
 
 @pytest.mark.parametrize(
@@ -212,7 +283,7 @@ def test_a_port_that_cannot_be_made(world: World) -> None:
 def test_a_stub_that_does_not_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepared(world)
     del world.standby.before["xc_domain_unpause"]
-    monkeypatch.setattr(revive, "_STUB_BOUND", 0.01)
+    monkeypatch.setattr(borrowed, "_BOUND", 0.01)
     refused(world, made, "stub did not end within 0.01 s")
 
 

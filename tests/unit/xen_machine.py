@@ -54,7 +54,7 @@ class Hypervisor:
             self.made.append((number, command, struct.pack("<I", second) + memory[at : at + 16]))
             return 0 if second < self.vcpus else -errno.ENOENT
         at = second - base
-        size = {1: 12, 3: 4, 4: 4, 6: 8, 7: 8, 8: 8, 11: 24, 12: 8, 23: 8}[command]
+        size = {1: 12, 3: 4, 4: 4, 5: 24, 6: 8, 7: 8, 8: 8, 11: 24, 12: 8, 23: 8}[command]
         argument = memory[at : at + size]
         self.made.append((number, command, bytes(argument)))
         if number == 34:
@@ -77,6 +77,10 @@ class Hypervisor:
             return self._make(memory, at + 8, Port("virq", virq, vcpu))
         if command == 3:
             return 0 if self.ports.pop(words[0], None) else -errno.EINVAL
+        if command == 5:
+            domid, port = struct.unpack_from("<HxxI", argument)
+            assert domid == DOMID_SELF
+            return 0 if port in self.ports else -errno.EINVAL
         if command == 4:
             return 0 if words[0] in self.ports else -errno.EINVAL
         if command == 6:
