@@ -20,6 +20,8 @@ from checkpoint.xen.control import Domain
 _GFN: Final = 0x20
 #: Seconds that the stub may take.
 _BOUND: Final = 10.0
+#: Seconds between two looks whether the shell is still there.
+_LOOK: Final = 0.1
 
 
 class Borrowed:
@@ -43,14 +45,27 @@ class Borrowed:
         self._domain.set_context(self._started)
         self._domain.unpause()
         try:
-            deadline = time.monotonic() + _BOUND
-            while not stub.finished(self._area):
-                if time.monotonic() > deadline:
-                    raise ReviveError(f"the revive stub did not end within {_BOUND} s")
-                os.sched_yield()
+            self._await_end()
         finally:
-            self._domain.pause()
+            if self._exists():
+                self._domain.pause()
         stub.check_results(self._area, calls)
+
+    def _await_end(self) -> None:
+        began = looked = time.monotonic()
+        while not stub.finished(self._area):
+            now = time.monotonic()
+            if now - began > _BOUND:
+                raise ReviveError(f"the revive stub did not end within {_BOUND} s")
+            if now - looked > _LOOK:
+                looked = now
+                if not self._exists():
+                    raise ReviveError("the shell did not survive the revive stub")
+            os.sched_yield()
+
+    def _exists(self) -> bool:
+        info = self._domain.info()
+        return info is not None and not info.dying and not info.shutdown
 
 
 @contextmanager

@@ -27,6 +27,7 @@ _SHADOW_GS = _SYSENTER + 24
 _LSTAR = _SHADOW_GS + 16
 _EFER = _LSTAR + 32
 _TSC = _EFER + 16
+_PENDING_EVENT, _PENDING_SIZE = _TSC + 8, 8  # and its error code
 _CPU_MIN = _TSC + 8
 
 #: LAPIC interrupt request register: 8 words of 32 vectors, 16 bytes apart (local APIC layout)
@@ -132,7 +133,8 @@ class Context:
         """Set vCPU ``number`` to run at physical address ``entry``: 32-bit, flat, no paging.
 
         This is the state in which Xen starts a PVH guest (``docs/misc/pvh.pandoc``), with
-        interrupts off.
+        interrupts off.  An event that was on its way to the guest is taken away: Xen would deliver
+        it on entry, whatever the flags say.
         """
         at, length = self._locate(CPU, number)
         if length < _CPU_MIN:
@@ -151,6 +153,10 @@ class Context:
             code_seg, data_seg, data_seg, data_seg, data_seg, data_seg, 0x8B, absent,
         )  # fmt: skip
         struct.pack_into("<Q", self.raw, at + _EFER, 0)
+        if length >= _PENDING_EVENT + _PENDING_SIZE:
+            self.raw[at + _PENDING_EVENT : at + _PENDING_EVENT + _PENDING_SIZE] = bytes(
+                _PENDING_SIZE
+            )
 
     def to_bytes(self) -> bytes:
         """The file, for ``xc_domain_hvm_setcontext``."""

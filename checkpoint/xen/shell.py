@@ -96,16 +96,17 @@ class XenShell:
         return make_plan(self._domain, self._description, state, RamView(self.memory))
 
     def settle(self) -> None:
-        self._release_memory()
+        self.release_memory()
         toolstack.rename(self._domain.domid, self._description.name)
 
     def destroy(self) -> None:
         if not self._gone:
-            self._release_memory()
+            self.release_memory()
             toolstack.destroy(self._domain.domid)
             self._gone = True
 
-    def _release_memory(self) -> None:
+    def release_memory(self) -> None:
+        """Unmap it; the shell is of no more use to this object (idempotent)."""
         with self._planning:
             self._plan = None
             self._ram.close()
@@ -163,14 +164,25 @@ def create(description: Description) -> XenShell:
         frontends.describe(detail.get("store", {}))
         made = XenShell(description, domain, nics, frontends)
     except BaseException:
-        toolstack.destroy(description.domid)
+        _discard(domain)
         raise
     try:
         rehearse(domain, made.memory, detail["ports"][0])
     except BaseException:
-        made.destroy()
+        made.release_memory()
+        _discard(domain)
         raise
     return made
+
+
+def _discard(domain: Domain) -> None:
+    """Remove a shell that is of no use; why it is of none is what the administrator has to know."""
+    if domain.info() is None:
+        return
+    try:
+        toolstack.destroy(domain.domid)
+    except CheckpointError as error:
+        log.warning("the shell, domain %d, was not removed: %s", domain.domid, error)
 
 
 def _check_ports(domain: Domain, expected: list[int]) -> None:

@@ -7,14 +7,14 @@ import copy
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
 from checkpoint.driver import PAGE_SIZE, Description, Disk
 from checkpoint.errors import ReviveError
 from checkpoint.guest.memory import RamView
-from checkpoint.xen import borrowed, revive, shell
+from checkpoint.xen import borrowed, revive, shell, toolstack
 from checkpoint.xen.context import Context
 from checkpoint.xen.control import Domain
 from checkpoint.xen.host import XenHost
@@ -285,6 +285,33 @@ def test_a_stub_that_does_not_end(world: World, monkeypatch: pytest.MonkeyPatch)
     del world.standby.before["xc_domain_unpause"]
     monkeypatch.setattr(borrowed, "_BOUND", 0.01)
     refused(world, made, "stub did not end within 0.01 s")
+
+
+def end_in_the_stub(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell's vCPU will do something for which Xen ends the domain."""
+    del world.standby.before["xc_domain_unpause"]
+    monkeypatch.setattr(os, "sched_yield", lambda: world.standby.domains.pop(DOMID, None))
+    monkeypatch.setattr(borrowed, "_LOOK", 0.0)
+
+
+def test_a_shell_that_ends_in_the_stub(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepared(world)
+    end_in_the_stub(world, monkeypatch)
+    with pytest.raises(ReviveError, match="the shell did not survive the revive stub"):
+        made.revive(world.state, 0)
+
+
+def test_a_shell_that_ends_in_its_rehearsal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def restore(stream: Iterable[bytes]) -> None:
+        world.restore(stream)
+        end_in_the_stub(world, monkeypatch)
+
+    monkeypatch.setattr(toolstack, "restore_paused", restore)
+    # Whoever asks for the protection reads this, and not that there is nothing to destroy.
+    with pytest.raises(ReviveError, match="the shell did not survive the revive stub"):
+        world.protect()
+    assert world.rig.destroyed == []
+    assert not world.standby.mapped
 
 
 def test_a_xenstored_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
