@@ -250,7 +250,8 @@ class Shell(Protocol):
 
         To be called while ``memory`` is of that state's epoch.  If a later epoch comes into it
         meanwhile, what was found out is wrong, or this fails, and neither does any harm: nobody
-        revives the earlier state any more.
+        revives the earlier state any more.  Once the guest was revived, or the shell is gone, it
+        does nothing.
 
         :raise Exception: it cannot be found out
         """

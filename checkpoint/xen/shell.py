@@ -50,6 +50,8 @@ class XenShell:
         #: held while the memory is read for a plan, while that is carried out, and at the end
         self._planning = threading.Lock()
         self._plan: tuple[bytes, Plan] | None = None
+        #: the guest runs from it, or it is of no more use: nothing may be prepared any more
+        self._over = False
         self._ram = map_ram(domain.domid, description.pages, writable=True)
         missing = set(self._ram.holes).difference(description.detail["holes"], MMIO_HOLE)
         if missing:
@@ -70,6 +72,8 @@ class XenShell:
 
     def foresee(self, state: bytes) -> None:
         with self._planning:
+            if self._over:
+                return
             made = self._make_plan(state)
             self._frontends.describe(made.state.store)
             self._plan = (state, made)
@@ -77,6 +81,7 @@ class XenShell:
     def revive(self, state: bytes, elapsed_ns: int, running: Callable[[], None] = nothing) -> None:
         began = time.monotonic_ns()
         with self._planning:
+            self._over = True
             foreseen, made = self._plan or (None, None)
             # The very same: of two epochs of which the states are equal the memory may differ.
             if made is None or foreseen is not state:
@@ -108,6 +113,7 @@ class XenShell:
     def release_memory(self) -> None:
         """Unmap it; the shell is of no more use to this object (idempotent)."""
         with self._planning:
+            self._over = True
             self._plan = None
             self._ram.close()
 

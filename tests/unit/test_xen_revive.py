@@ -145,6 +145,20 @@ def test_what_was_foreseen_of_another_epoch_is_not_used(
     assert found == [later]
 
 
+def test_a_look_ahead_that_comes_too_late_touches_nothing(world: World) -> None:
+    made = prepared(world)
+    state = MachineState.from_bytes(world.state)
+    state.store["data/note"] = "of an earlier epoch"
+    earlier = state.to_bytes()
+    made.revive(world.state, elapsed_ns=0)
+    world.store.written.clear()
+    made.foresee(earlier)
+    made.settle()
+    made.foresee(earlier)
+    assert world.store.written == []
+    assert world.store.nodes["data/note"] == "caf\xe9"
+
+
 def test_a_look_ahead_that_fails_spoils_nothing(world: World) -> None:
     made = prepared(world)
     state = MachineState.from_bytes(world.state)
