@@ -86,7 +86,7 @@ def test_a_guest_that_has_ended_where_it_came_to_is_not_said_to_run_there(
         while not closed.is_set():  # noqa: ASYNC110 - set from another thread
             await asyncio.sleep(0.005)
 
-    # What is left of a session after the takeover may take long: a link to a dead host, a slow disk.
+    # What is left of a session after the takeover may take long: a dead link, a slow disk.
     monkeypatch.setattr(StandbyDisks, "close", close)
     with Pair(tmp_path, reprotect=False) as pair:
         pair.protect()
