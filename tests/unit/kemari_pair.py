@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -73,6 +73,19 @@ class Loop:
         """Stop it where it is."""
         self.loop.call_soon_threadsafe(self.loop.stop)
 
+    def end_threads(self, stuck: Collection[threading.Thread] = ()) -> None:
+        """Let the threads that work for it come to their end: a process that ended has none.
+
+        One that goes on would write files beside the next daemon, which no dead process does.
+
+        :param stuck: those that wait for the end of the test
+        """
+        threads = self.loop._default_executor  # type: ignore[attr-defined]
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for thread in set(threads._threads) - {threading.current_thread(), *stuck}:
+                thread.join(PATIENCE)
+
     def bury(self) -> None:
         """End what is left in a stopped loop, so that nothing is said about it later."""
         self.thread.join(PATIENCE)
@@ -94,11 +107,7 @@ class Loop:
         self.loop.call_soon(self.loop.stop)
         self.loop.run_forever()
         # What a thread still writes must not meet the removal of its folder.
-        threads = self.loop._default_executor  # type: ignore[attr-defined]
-        if threads is not None:
-            threads.shutdown(wait=False)
-            for thread in threads._threads:
-                thread.join(PATIENCE)
+        self.end_threads()
         self.loop.close()
 
 
@@ -216,6 +225,7 @@ class Machine:
         self.loops: list[Loop] = []
         self.released = threading.Event()
         self._descriptors: set[int] = set()
+        self._stuck: set[threading.Thread] = set()
 
     def start(self) -> None:
         """Start the daemon."""
@@ -276,6 +286,8 @@ class Machine:
 
     def power_on(self) -> None:
         """The host comes back, without guests; its disk is as it was."""
+        assert self.loop
+        self.loop.end_threads(self._stuck)
         self._close_sockets()
         self.network = MemoryNetwork(self.name, self.switch)
         self.hypervisor = MemoryHypervisor(self.network.transmit)
@@ -287,6 +299,7 @@ class Machine:
         self._freeze()
         assert self.loop
         self.loop.thread.join(PATIENCE)
+        self.loop.end_threads(self._stuck)
         self._close_sockets()
 
     def _close_sockets(self) -> None:
@@ -310,6 +323,7 @@ class Machine:
             if here == point:
                 left[0] -= 1
                 if left[0] == 0:
+                    self._stuck.add(threading.current_thread())
                     (act or self.power_cut)()
                     self.released.wait()
                     raise Killed
