@@ -224,7 +224,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
                 "        if session is not None:\n",
             ),
         ),
-        tests=("tests/unit/test_kemari_daemon.py",),
+        tests=("tests/unit/test_kemari_takeover.py",),
     ),
     Mutant(
         "policy-after-handover-and-restart",
