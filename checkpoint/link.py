@@ -377,14 +377,14 @@ class Link(asyncio.BufferedProtocol):
         :raise ProtocolError: it must not come on this connection, or not now
         """
         reach(GOT[frame.type])
-        if frame.type is FrameType.HEARTBEAT and self._welcome:
-            return
         if frame.type not in self._welcome:
             if frame.type is FrameType.ERROR:
                 fields = decode_json(frame)
                 self.end(PeerRefused(fields.text("code"), fields.text("message")))
                 return
             self._judge_greeting(frame)
+        elif frame.type is FrameType.HEARTBEAT:
+            return
         if not self._divert(frame):
             self._frames.append(frame)
             self._queued += frame.size

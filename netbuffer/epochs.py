@@ -167,10 +167,8 @@ class Epochs:
         :raise AssertionError: with the numbers; a fault of this program
         """
         waiting = self.closed - self.released
-        fits = waiting == int(self.state is State.CLOSED)
-        if not fits and self.state is State.UNKNOWN:
-            fits = waiting in (0, 1)
-        if not fits or self.released < 0:
+        allowed = {State.CLOSED: (1,), State.UNKNOWN: (0, 1)}.get(self.state, (0,))
+        if waiting not in allowed or self.released < 0:
             raise AssertionError(f"{self.state}: closed {self.closed}, released {self.released}")
 
     def _take_pending(self) -> tuple[Event, State]:

@@ -66,7 +66,7 @@ def make_plan(
     """
     parsed = MachineState.from_bytes(state)
     layout = LinuxLayout.from_json(description.detail["layout"])
-    reserved = check_state(domain, description, parsed)
+    reserved = check_state(domain, description, layout, parsed)
     vector = _upcall_vector(parsed)
     calls = [
         stub.register_vcpu_info(cpu.vcpu, cpu.vcpu_info) for cpu in layout.cpus if cpu.registered
@@ -96,7 +96,9 @@ def make_plan(
     )
 
 
-def check_state(domain: Domain, description: Description, state: MachineState) -> set[int]:
+def check_state(
+    domain: Domain, description: Description, layout: LinuxLayout, state: MachineState
+) -> set[int]:
     """Whether ``state`` has all that a revival needs; the ports that the toolstack has made.
 
     :raise ReviveError: it has not
@@ -106,7 +108,7 @@ def check_state(domain: Domain, description: Description, state: MachineState) -
         raise ReviveError(f"the state has no page {min(missing):#x} (expected its contents)")
     if HVM_PARAM_CALLBACK_IRQ not in state.params:
         raise ReviveError("the state has no HVM parameter 0 (expected how events are delivered)")
-    frames = LinuxLayout.from_json(description.detail["layout"]).grants.gfns
+    frames = layout.grants.gfns
     if len(state.grants) > len(frames):
         raise ReviveError(
             f"the state has {len(state.grants)} grant frames (expected at most {len(frames)})"

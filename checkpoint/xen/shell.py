@@ -13,6 +13,7 @@ from typing import Any
 
 from checkpoint.driver import Description, Disk, Nic, nothing
 from checkpoint.errors import CheckpointError
+from checkpoint.guest.layout import LinuxLayout
 from checkpoint.guest.memory import RamView
 from checkpoint.xen import control, toolstack
 from checkpoint.xen.borrowed import rehearse
@@ -68,7 +69,8 @@ class XenShell:
         return self._domain.domid
 
     def examine(self, state: bytes) -> None:
-        check_state(self._domain, self._description, MachineState.from_bytes(state))
+        layout = LinuxLayout.from_json(self._description.detail["layout"])
+        check_state(self._domain, self._description, layout, MachineState.from_bytes(state))
 
     def foresee(self, state: bytes) -> None:
         with self._planning:
