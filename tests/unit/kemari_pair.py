@@ -299,8 +299,9 @@ class Machine:
         self._freeze()
         assert self.loop
         self.loop.thread.join(PATIENCE)
-        self.loop.end_threads(self._stuck)
+        # At once: a test may start the next daemon as soon as the loop has stopped.
         self._close_sockets()
+        self.loop.end_threads(self._stuck)
 
     def _close_sockets(self) -> None:
         assert self.loop
