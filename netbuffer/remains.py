@@ -211,7 +211,7 @@ def take_down(netlink: Netlink, vif: str, *, release: bool, drain_timeout: float
                 left = find_queue(netlink, ifb)
                 lost = left.packets if left is not None else 0
                 _log.error("%d frames held for %s could not be released in time", lost, vif)
-        netlink.request(messages.link_delete(ifb.index), f"remove {ifb.name}")
+        _remove(netlink, messages.link_delete(ifb.index), f"remove {ifb.name}")
     dropped = lost if release else held
     return Removal(ifb is not None or unfiltered, held - dropped if release else 0, dropped)
 
@@ -223,17 +223,28 @@ def _remove_filter(netlink: Netlink, link: Link, ifb: Link | None) -> bool:
         return False
     ours, others = filters(netlink, link.index)
     if ours:
-        netlink.request(
-            messages.redirect_delete(link.index), f"remove the redirection of {link.name}"
-        )
+        redirect = messages.redirect_delete(link.index)
+        _remove(netlink, redirect, f"remove the redirection of {link.name}")
     if ifb is not None:
         own_ingress = ifb.alias == alias(link.name, own_ingress=True)
     else:
         # The ifb and with it the knowledge is gone; an empty ingress qdisc does nothing.
         own_ingress = ours and kind == "ingress"
     if own_ingress and not others:
-        netlink.request(messages.ingress_delete(link.index), f"remove ingress of {link.name}")
+        _remove(netlink, messages.ingress_delete(link.index), f"remove ingress of {link.name}")
     return ours
+
+
+def _remove(netlink: Netlink, message: bytearray, purpose: str) -> None:
+    """Ask for a removal; a device that is gone meanwhile took along what hung on it.
+
+    A guest's vif goes when its domain does, whatever is being done to it here.
+    """
+    try:
+        netlink.request(message, purpose)
+    except NetlinkError as err:
+        if err.errno != errno.ENODEV:
+            raise
 
 
 def _vif_of(ifb: Link, names: list[str]) -> str:

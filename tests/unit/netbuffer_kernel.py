@@ -174,7 +174,10 @@ class FakeKernel:
                 for d in self.devices.values()
                 if d.ingress
             ]
-        device = self._at(message)
+        device = self.devices.get(struct.unpack_from("=i", message, 20)[0])
+        if device is None:
+            # No error: tc_dump_tfilter in Linux net/sched/cls_api.c.
+            return []
         found = [_tcmsg(device.index, 0, m.INGRESS_FILTERS) + _attribute(1, b"matchall\0")]
         if device.redirect:
             ours = _tcmsg(device.index, m.FILTER_HANDLE, m.INGRESS_FILTERS)

@@ -286,6 +286,34 @@ def test_a_lost_answer_leaves_only_what_is_right_in_any_case(
     assert is_clean(kernel)
 
 
+@pytest.mark.parametrize("release", [True, False])
+def test_the_vif_goes_while_the_buffer_is_taken_down(kernel: FakeKernel, release: bool) -> None:
+    """A guest ends when it likes; teardown is what follows, at any point of it."""
+    step = 0
+    while True:
+        step += 1
+        kernel.out.clear()
+        vif = kernel.by_name(VIF) or kernel.add(VIF)
+        made = OutputBuffer(VIF)
+        made.setup()
+        kernel.send(VIF, 1)
+        kernel.requests = 0
+
+        def vanish(number: int, step: int = step, index: int = vif.index) -> None:
+            if number == step:
+                del kernel.devices[index]
+
+        kernel.before = vanish
+        removal = made.teardown(release=release)
+        kernel.before = lambda _number: None
+        assert removal.found
+        assert kernel.out == ([1] if release else [])
+        assert plug.leftovers() == []
+        if kernel.by_name(VIF) is not None:
+            break
+    assert step > 4
+
+
 @pytest.mark.parametrize("limit", [0, -1, 1 << 32])
 def test_a_limit_that_the_kernel_cannot_have(limit: int) -> None:
     with pytest.raises(ValueError, match="limit_bytes is"):
