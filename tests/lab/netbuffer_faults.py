@@ -10,7 +10,7 @@ import traceback
 from typing import Any
 from unittest import mock
 
-from netbuffer import plug
+from netbuffer import plug, remains
 from netbuffer.epochs import State
 from netbuffer.errors import BufferLost, InterfaceBusy, InterfaceNotFound, Leftover
 from netbuffer.netlink import Netlink
@@ -189,6 +189,29 @@ def check_vif_removed_while_held(world: World) -> dict[str, Any]:
     made.close_epoch()
     assert made.teardown().found
     assert not plug.leftovers()
+    return {}
+
+
+def check_vif_removed_while_taken_down(world: World) -> dict[str, Any]:
+    """As one is whose guest ends just then; the kernel itself says which answers that gives."""
+
+    class Vanishing(Netlink):
+        """Loses the vif right before the last thing on it is removed."""
+
+        def request(self, message: bytearray, purpose: str) -> None:
+            if purpose == "remove ingress of vif0":
+                run("ip", "link", "del", "vif0")
+            super().request(message, purpose)
+
+    made = OutputBuffer("vif0")
+    with mock.patch.object(plug, "Netlink", Vanishing):
+        made.setup()
+    vif = remains.require_link(Netlink(), "vif0")
+    world.close()
+    assert made.teardown().found
+    assert remains.find_link(Netlink(), "vif0") is None, "the vif was never removed"
+    assert remains.filters(Netlink(), vif.index) == (False, []), "expected an empty list"
+    assert plug.leftovers() == []
     return {}
 
 
