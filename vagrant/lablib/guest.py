@@ -84,8 +84,8 @@ class Dom0(Protocol):
     """Where the guest's kernel and user space come from."""
 
     @property
-    def kernel_version(self) -> str:
-        """Its kernel, ``/boot/vmlinuz-VERSION``."""
+    def guest_kernel(self) -> str:
+        """Where its kernel is, as guests are to boot it."""
         ...
 
     @property
@@ -115,7 +115,7 @@ class Installed:
         folders = sorted(tree.glob("*/modules.dep"), key=os.path.getmtime)
         if not folders:
             raise LabError(f"{tree} holds no kernel's modules; expected those of Debian's kernel.")
-        self.kernel_version = folders[-1].parent.name
+        self.guest_kernel = f"/boot/vmlinuz-{folders[-1].parent.name}"
         self.guest_modules = Modules(folders[-1].parent).entries(GUEST_MODULES)
         busybox = shutil.which("busybox")
         if busybox is None:
@@ -181,7 +181,7 @@ def guest_layer(base: Dom0, options: GuestOptions) -> dict[str, LayerFile]:
     """
     files: dict[str, LayerFile] = {}
     if options.kernel is None:
-        kernel, modules = f"/boot/vmlinuz-{base.kernel_version}", base.guest_modules
+        kernel, modules = base.guest_kernel, base.guest_modules
     else:
         image, modules = _foreign_kernel(options.kernel)
         kernel = f"/{FOLDER}/vmlinuz"

@@ -19,6 +19,7 @@ from vagrant.lablib import programs
 from vagrant.lablib.command import check_programs, rooted, run, step
 from vagrant.lablib.errors import LabError
 from vagrant.lablib.initramfs import Entry, Modules, archive, folder, insmod_lines, program
+from vagrant.lablib.kernel import bootable
 from vagrant.lablib.recipe import DOM0_BOOT_MODULES, GUEST_MODULES, Recipe
 
 HERE = Path(__file__).resolve().parent.parent
@@ -77,9 +78,9 @@ class Base:
         return self.folder / "key"
 
     @property
-    def kernel_version(self) -> str:
-        """Version of Dom0's kernel, as ``uname -r`` says it."""
-        return (self.folder / "kernel-version").read_text().strip()
+    def guest_kernel(self) -> str:
+        """Where in Dom0 its kernel is for guests."""
+        return (self.folder / "guest-kernel").read_text()
 
     @property
     def host_key(self) -> str:
@@ -180,8 +181,10 @@ def _boot_files(root: Path, made: Path) -> None:
     if len(trees) != 1:
         raise LabError(f"{len(trees)} kernels were installed into Dom0; expected one.")
     version = trees[0].name
-    (made / "kernel-version").write_text(version + "\n")
     shutil.copyfile(root / "boot" / f"vmlinuz-{version}", made / "vmlinuz")
+    for_guests = f"boot/guest-{version}"
+    (root / for_guests).write_bytes(bootable((made / "vmlinuz").read_bytes()))
+    (made / "guest-kernel").write_text(f"/{for_guests}")
     hypervisors = sorted((root / "boot").glob("xen-*-amd64.gz"))
     if len(hypervisors) != 1:
         raise LabError(f"{len(hypervisors)} hypervisors were installed; expected one.")

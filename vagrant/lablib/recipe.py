@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from vagrant.lablib.errors import LabError
 
 # Raised when the way an image is built from a recipe changes without the recipe changing.
-IMAGE_FORMAT = 4
+IMAGE_FORMAT = 5
 
 COMMON_PACKAGES = (
     "bridge-utils",
