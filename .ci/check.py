@@ -5,8 +5,9 @@ The last line is ``N passed, N failed``, over all tests and with one for each st
 test; the exit status is 0 only if nothing failed.  A lab test that was skipped counts as failed:
 what is for real hosts must have run on them.
 
-The proof computes, on its virtual clock, while the other tests without a lab mostly wait: it runs
-beside them, with the lowest priority, and has ended before a lab is started.
+Unit tests mostly wait, for what happens in real time.  Beside them runs, with the lowest priority,
+what computes (the property tests; the proof, on its virtual clock) or waits for a network (building
+the labs' disks); it has ended before a lab is started.
 """
 
 from __future__ import annotations
@@ -48,32 +49,44 @@ def run(argv: list[str], timeout: float, **environment: str) -> int:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
         print(f"check: took longer than {timeout / MINUTES:.0f} minutes: {' '.join(argv)}")
-        # As an interrupt, so that a lab is taken down.
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        interrupt(process)
         return 124
     except BaseException:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait()
+        interrupt(process)
         raise
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """End a program that leads a process group, so that it takes down its lab and tidies up."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def step(*words: str) -> Count:
     """A step that passes or fails as a whole."""
-    good = run([sys.executable, *words], 10 * MINUTES) == 0
-    return Count(int(good), int(not good))
+    return whole(run([sys.executable, *words], 10 * MINUTES))
+
+
+def whole(status: int) -> Count:
+    """What a program came to that passes or fails as a whole."""
+    return Count(int(status == 0), int(status != 0))
 
 
 class Beside:
-    """A step that passes or fails as a whole, and runs beside those before it until its turn."""
+    """A step that runs beside those before it until its turn.
 
-    def __init__(self, name: str, *words: str) -> None:
+    :param words: what Python runs
+    :param count: what it came to, by its exit status
+    """
+
+    def __init__(self, name: str, *words: str, count: Callable[[int], Count] = whole) -> None:
         self._log = OUT / f"{name}.log"
         self._words = words
+        self._count = count
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -95,34 +108,32 @@ class Beside:
         self.start()
         assert self._process is not None
         try:
-            good = self._process.wait(15 * MINUTES) == 0
+            status = self._process.wait(15 * MINUTES)
         except subprocess.TimeoutExpired:
             print(f"check: took longer than 15 minutes: {' '.join(self._words)}")
-            good = False
+            status = 124
         self.end()
         sys.stdout.write(self._log.read_text(errors="replace"))
-        return Count(int(good), int(not good))
+        return self._count(status)
 
     def end(self) -> None:
         """End it if it still runs (idempotent)."""
         if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            interrupt(self._process)
 
 
-def pytest(
-    name: str, *words: str, timeout: float, must_run: bool = False, **environment: str
-) -> Count:
-    """A run of pytest.
+def pytest_words(name: str, *words: str) -> list[str]:
+    """What Python runs for a run of pytest that :func:`pytest_count` can read."""
+    return ["-m", "pytest", "-ra", f"--junitxml={OUT / name}.xml", *words]
+
+
+def pytest_count(name: str, status: int, must_run: bool = False) -> Count:
+    """What a run of pytest came to.
 
     :param must_run: whether a skipped test is a failed one
     """
-    report = OUT / f"{name}.xml"
-    report.unlink(missing_ok=True)
-    argv = [sys.executable, "-m", "pytest", "-ra", f"--junitxml={report}", *words]
-    status = run(argv, timeout, **environment)
     try:
-        suites = list(ElementTree.parse(report).iter("testsuite"))
+        suites = list(ElementTree.parse(OUT / f"{name}.xml").iter("testsuite"))
     except (OSError, ElementTree.ParseError):
         return Count(0, 1)  # it did not come to its end
     total, failures, errors, skipped = (
@@ -138,9 +149,28 @@ def pytest(
     return Count(passed, failed, skipped)
 
 
+def pytest(
+    name: str, *words: str, timeout: float, must_run: bool = False, **environment: str
+) -> Count:
+    """A run of pytest, and what it came to."""
+    status = run([sys.executable, *pytest_words(name, *words)], timeout, **environment)
+    return pytest_count(name, status, must_run)
+
+
+def lab_state(suite: str) -> Path:
+    """The folder of a suite's lab."""
+    return OUT / f"lab-{suite}"
+
+
+def disk(suite: str) -> Beside:
+    """Building the disk of a suite's lab: mostly waiting for packages, where there is none yet."""
+    state = lab_state(suite)
+    return Beside(f"disk-{suite}", "vagrant/lab", "--state", str(state), "--suite", suite, "build")
+
+
 def lab(suite: str, *words: str, timeout: float, **environment: str) -> Count:
     """The tests on real Xen, in a lab of their own."""
-    state = OUT / f"lab-{suite}"
+    state = lab_state(suite)
     try:
         return pytest(
             f"lab-{suite}",
@@ -165,8 +195,14 @@ STEPS: dict[str, Callable[[], Count]] = {
     "docs": lambda: step(".ci/links.py"),
     "instructions": lambda: step("bench/instructions.py"),
     "unit": lambda: pytest("unit", "-q", "tests/unit", timeout=15 * MINUTES),
-    "property": lambda: pytest("property", "-q", "tests/property", timeout=15 * MINUTES),
+    "property": Beside(
+        "property",
+        *pytest_words("property", "-q", "tests/property"),
+        count=lambda status: pytest_count("property", status),
+    ),
     "prove": Beside("prove", "-m", "tests.prove", "--brief"),
+    "disk-bookworm": disk("bookworm"),
+    "disk-trixie": disk("trixie"),
     "lab-bookworm": lambda: lab(
         "bookworm",
         "-m",
@@ -198,6 +234,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no step {', '.join(unknown)}; expected {', '.join(known)}")
     OUT.mkdir(parents=True, exist_ok=True)
+    for old in OUT.glob("*.xml"):
+        old.unlink()
     beside = [each for each in map(known.get, wanted) if isinstance(each, Beside)]
     rows = []
     try:
