@@ -14,8 +14,10 @@ from kemari.ledger import Role
 from tests.prove import administrator, schedules, sweep
 from tests.prove.disks import CHUNK, HostDisk
 from tests.prove.machine import GUEST, Machine
+from tests.prove.mutants import SHOWN_BY
+from tests.prove.scenarios import SCENARIOS, WORLDS
 from tests.prove.simulation import Process, Simulation
-from tests.prove.sweep import ACTIONS, SCENARIOS, UNSWEPT, WORLDS, Case, baseline, cases
+from tests.prove.sweep import ACTIONS, UNSWEPT, Case, baseline, cases
 from tests.prove.world import Fault, Violation, World
 
 # ---- The product ----
@@ -55,6 +57,13 @@ FOUND = (
 @pytest.mark.parametrize("case", FOUND, ids=str)
 def test_what_was_found_stays_cured(case: Case) -> None:
     outcome = sweep.run(case)
+    assert outcome.fired
+    assert not outcome.violation, outcome.violation
+
+
+@pytest.mark.parametrize("name", sorted(set(SHOWN_BY.values())))
+def test_what_shows_a_mutant_is_no_violation_otherwise(name: str) -> None:
+    outcome = sweep.run(Case.parse(name))
     assert outcome.fired
     assert not outcome.violation, outcome.violation
 

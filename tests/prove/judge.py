@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Final
 
-from tests.prove import schedules, sweep
+from tests.prove import scenarios, schedules, sweep
 from tests.prove.world import Violation
 
 #: Faults that meet a held output, a moved owner or an ending at once, tried before all others:
@@ -79,6 +79,11 @@ class Verdict:
     runs: int = 0
 
 
+def _first(name: str) -> Iterator[tuple[str, sweep.Outcome]]:
+    if name:
+        yield f"sweep, {name}", sweep.run(sweep.Case.parse(name))
+
+
 def _disk_runs() -> Iterator[tuple[str, sweep.Outcome]]:
     for seed in range(2):
         for scenario in (
@@ -101,7 +106,7 @@ def _disk_runs() -> Iterator[tuple[str, sweep.Outcome]]:
 
 
 def _runs() -> Iterator[tuple[str, sweep.Outcome]]:
-    for scenario in sweep.SCENARIOS:
+    for scenario in scenarios.SCENARIOS:
         for seed in range(3):
             yield f"course of {scenario}", sweep.baseline(scenario, seed=seed)
     for first in _FIRST:
@@ -132,11 +137,17 @@ def _runs() -> Iterator[tuple[str, sweep.Outcome]]:
 
 
 def judge(
-    *, seconds: float, tests: Sequence[str] = (), simulate: bool = True, disks: bool = False
+    *,
+    seconds: float,
+    tests: Sequence[str] = (),
+    simulate: bool = True,
+    disks: bool = False,
+    first: str = "",
 ) -> Verdict:
     """Look for something wrong, for at most about so many seconds of simulation.
 
     :param disks: look first where the guest has a disk
+    :param first: the case of the sweep to begin with; "" for none
     """
     verdict = Verdict()
     deadline = time.monotonic() + seconds
@@ -145,7 +156,7 @@ def judge(
         if failed:
             return _caught(verdict, failed, "")
     if simulate:
-        for name, outcome in chain(_disk_runs() if disks else (), _runs()):
+        for name, outcome in chain(_first(first), _disk_runs() if disks else (), _runs()):
             verdict.runs += 1
             if outcome.violation:
                 return _caught(verdict, name, outcome.violation)
@@ -185,6 +196,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--no-simulation", action="store_true")
     parser.add_argument("--disks", action="store_true", help="with a disk first")
+    parser.add_argument("--first", default="", metavar="CASE", help="of the sweep")
     parser.add_argument("tests", nargs="*")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
@@ -194,6 +206,7 @@ def main() -> None:
         tests=options.tests,
         simulate=not options.no_simulation,
         disks=options.disks,
+        first=options.first,
     )
     print(json.dumps(asdict(verdict)))
 

@@ -33,6 +33,7 @@ class Mutant:
     :ivar tests: files for pytest that judge it where the simulation cannot: it has neither Xen nor
         a kernel's network
     :ivar disks: whether it is about the guest's disk, so that runs with one are tried first
+    :ivar shown_by: the case of the sweep to be tried before all others; "" for none
     """
 
     name: str
@@ -40,6 +41,7 @@ class Mutant:
     edits: tuple[Edit, ...]
     tests: tuple[str, ...] = ()
     disks: bool = False
+    shown_by: str = ""
 
     @property
     def simulated(self) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from typing import Final
 
 from tests.prove.mutant import Mutant
@@ -65,21 +67,24 @@ def apply(mutant: Mutant, root: Path) -> None:
         path.write_text(text.replace(edit.old, edit.new))
 
 
-def judge(mutant: Mutant, seconds: float) -> Result:
+def judge(mutant: Mutant, seconds: float, original: Path) -> Result:
     """Run the harness on one mutant.
 
     :param seconds: of simulation, at most about
+    :param original: the tree without the change, see :func:`prepare`
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder)
-        _copy(tree)
+        shutil.copytree(original, tree, symlinks=True, dirs_exist_ok=True)
         apply(mutant, tree)
         argv = [sys.executable, "-m", "tests.prove.judge", f"--seconds={seconds}", *mutant.tests]
         if not mutant.simulated:
             argv.append("--no-simulation")
         if mutant.disks:
             argv.append("--disks")
+        if mutant.shown_by:
+            argv.append(f"--first={mutant.shown_by}")
         environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
@@ -101,13 +106,17 @@ def judge(mutant: Mutant, seconds: float) -> Result:
     return Result(mutant, verdict["by"], verdict["why"], took)
 
 
-def _copy(tree: Path) -> None:
+def prepare(tree: Path) -> None:
+    """Copy what the harness needs of this tree, and compile it once for all mutants."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "lab-state")
     for part in _PARTS:
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, tree / part, ignore=ignore, symlinks=True)
     for name in _FILES:
         shutil.copy(ROOT / name, tree / name)
+    # By what a source says, not by its time: a mutant may be made within the second.
+    mode = PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(tree, quiet=1, invalidation_mode=mode)
 
 
 def run(
@@ -119,8 +128,13 @@ def run(
 ) -> list[Result]:
     """Judge all of them, some at a time, in their order."""
     results = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for result in pool.map(lambda mutant: judge(mutant, seconds), mutants):
+    with (
+        tempfile.TemporaryDirectory(prefix="original-") as folder,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        original = Path(folder)
+        prepare(original)
+        for result in pool.map(lambda mutant: judge(mutant, seconds, original), mutants):
             tell(result)
             results.append(result)
     return results

@@ -3,327 +3,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from checkpoint.errors import ReviveError
-from kemari.recovery import PATIENT_PACE
-from tests.prove import administrator
-from tests.prove.disks import CLEAN
-from tests.prove.machine import GUEST, Answer, Machine
+from checkpoint.faultpoints import POINTS
+from tests.prove.machine import Machine
+from tests.prove.scenarios import COURSES, EVERY_END_ON, WORLDS, stall
 from tests.prove.simulation import Stuck
 from tests.prove.world import HEARTBEAT, Fault, Violation, World
 
 #: Points that are not swept: no simulated guest has a disk that both hosts share.
 #: The session's own tests send and take these frames.
 UNSWEPT: Final = frozenset({"put-issued", "got-issued"})
-
-# ---- Scenarios: what the administrator, the client and fate do --------------------------------
-
-
-def _ask(world: World, machine: Machine, operation: str, limit: float = 60.0) -> Answer:
-    answer = machine.ask(operation, domain=GUEST)
-    world.run(lambda: answer.done or not machine.alive, limit)
-    return answer
-
-
-def _stall(machine: Machine, beats: float) -> None:
-    if machine.process is not None:
-        machine.world.log(f"{machine.name}: stands still for {beats} heartbeat times")
-        machine.world.simulation.stall(machine.process, beats * HEARTBEAT)
-
-
-def talk_and_stop(world: World) -> None:
-    """A guest is protected, talks, and is protected no more."""
-    world.protect()
-    world.answers(5)
-    world.wait(0.5)
-    world.answers(2)
-    _ask(world, world.a, "stop")
-    world.answers(2)
-
-
-def stopped(world: World) -> None:
-    """A protection that was stopped stays so when the daemon is started again."""
-    world.protect()
-    world.answers(2)
-    _ask(world, world.a, "stop")
-    world.a.kill()
-    world.wait(1.0)
-    world.answers(2)
-
-
-def planned(world: World) -> None:
-    """A guest is moved, and moved back."""
-    world.protect()
-    world.answers(3)
-    _ask(world, world.a, "failover")
-    world.answers(3)
-    world.protect("b")
-    world.answers(3)
-    _ask(world, world.b, "failover")
-    world.answers(3)
-
-
-def power_cut(world: World) -> None:
-    """The primary loses power; the survivor is protected to it when it is back."""
-    world.protect()
-    world.answers(3)
-    world.a.power_cut(back_after=2.0)
-    world.answers(3)
-    world.wait(2.5)
-    world.protect("b")
-    world.answers(3)
-
-
-def primary_killed(world: World) -> None:
-    """The primary's daemon dies and is started again."""
-    world.protect()
-    world.answers(3)
-    world.a.kill()
-    world.wait(1.0)
-    world.answers(3, 90)
-
-
-def standby_killed(world: World) -> None:
-    """The standby's daemon dies and is started again."""
-    world.protect()
-    world.answers(3)
-    world.b.kill()
-    world.answers(3, 90)
-
-
-def link_unplugged(world: World) -> None:
-    """The replication link is silent; the hosts see each other on another path."""
-    world.protect()
-    world.answers(3)
-    world.say_alive(world.a)
-    world.network.unplugged.add("link")
-    world.wait(4 * HEARTBEAT)
-    world.answers(3, 90)
-    world.network.unplugged.discard("link")
-    world.wait(8.0)
-    world.answers(3, 90)
-
-
-def cut_off(world: World) -> None:
-    """Nothing passes between the hosts, both live; then everything does again."""
-    world.protect()
-    world.answers(3)
-    world.network.unplugged.update(("link", "lan"))
-    world.wait(6 * HEARTBEAT)
-    world.network.unplugged.clear()
-    world.wait(2.0)
-    world.answers(3, 90)
-
-
-def left_buffer(world: World) -> None:
-    """The primary's daemon dies while it is cut off, and finds that the guest has moved."""
-    world.protect()
-    world.answers(3)
-    world.a.supervised = False
-    world.network.unplugged.update(("link", "lan"))
-    world.a.kill()
-    world.wait(4 * HEARTBEAT)
-    world.network.unplugged.clear()
-    world.a.supervised = True
-    world.a.start()
-    world.wait(1.0)
-    world.answers(3, 90)
-
-
-def unrecorded(world: World) -> None:
-    """A takeover cannot be recorded, and the primary was not dead but stood still."""
-    world.protect()
-    world.answers(3)
-    world.b.fill()
-    _stall(world.a, 12.0)
-    world.wait(14 * HEARTBEAT)
-    world.answers(3, 90)
-    world.b.make_room()
-    world.wait(PATIENT_PACE + 1.0)
-    world.answers(3, 90)
-
-
-def declined(world: World) -> None:
-    """A guest is to be moved, but cannot be run on the other host."""
-    world.protect()
-    world.answers(3)
-
-    def refuse(point: str) -> None:
-        if point == "revive":
-            raise ReviveError("there is no memory for it")
-
-    world.b.hypervisor.reached = refuse
-    _ask(world, world.a, "failover")
-    world.b.hypervisor.reached = lambda point: None
-    world.answers(3)
-
-
-def refused(world: World) -> None:
-    """The standby has no room at first; then it has."""
-    world.b.hypervisor.memory_pages = 1
-    world.protect()
-    world.answers(2)
-    world.b.hypervisor.memory_pages = 1 << 20
-    world.protect()
-    world.answers(3)
-
-
-def there_and_back(world: World) -> None:
-    """Each host loses power once, the second one when it is alone no more and all is copied."""
-    world.protect()
-    world.answers(4)
-    world.busy(5)
-    world.a.power_cut(back_after=2.0)
-    world.answers(4)
-    world.wait(2.5)
-    world.protect("b")
-    world.answers(4)
-    world.wait(3.0)
-    world.answers(2)
-    world.busy(5)
-    world.b.power_cut(back_after=2.0)
-    world.answers(4)
-
-
-def protected_again(world: World) -> None:
-    """What both hosts have is marked no more; a protection ends, and only the rest is copied."""
-    world.protect()
-    world.answers(60)
-    world.wait(2.0)
-    _ask(world, world.a, "stop")
-    world.answers(3)
-    world.protect()
-    world.answers(3)
-    world.a.power_cut()
-    world.answers(3)
-
-
-def brought_back(world: World) -> None:
-    """A guest is moved, ended there, and started again by hand where it was."""
-    world.protect()
-    world.answers(3)
-    _ask(world, world.a, "failover")
-    world.answers(3)
-    administrator.end(world.b)
-    administrator.start(world.a)
-    world.answers(2)
-    world.a.kill()
-    world.wait(2.0)
-    world.answers(2, 90)
-    world.protect()
-    world.answers(3, 90)
-
-
-def carried_over(world: World) -> None:
-    """A guest is moved to and fro, now with the daemons' help and now by hand."""
-    world.protect()
-    world.answers(2)
-    _ask(world, world.a, "stop")
-    world.run(lambda: administrator.move(world.a), 2.0)
-    world.answers(2)
-    world.protect("b")
-    world.answers(2)
-    _ask(world, world.b, "failover")
-    world.answers(2)
-    administrator.move(world.a)
-    world.b.kill()
-    world.wait(2.0)
-    world.answers(3, 90)
-
-
-def old_copy(world: World) -> None:
-    """The primary is cut off; the guest ends where it went, and is started again by hand."""
-    world.protect()
-    world.answers(3)
-    world.a.supervised = False
-    world.network.unplugged.update(("link", "lan"))
-    world.wait(4 * HEARTBEAT)
-    world.answers(2)
-    administrator.end(world.b)
-    world.a.kill()
-    world.network.unplugged.clear()
-    world.a.supervised = True
-    world.a.start()
-    world.wait(2.0)
-    administrator.start(world.a, same=False)
-    world.answers(3, 90)
-
-
-def stuck_disk(world: World) -> None:
-    """A call to the replica's disk stands still, while a protection ends and the next begins."""
-    world.protect()
-    world.answers(3)
-    world.wait(1.0)
-    world.b.stick(3.0)
-    world.busy(3)
-    world.answers(5)
-    _ask(world, world.a, "stop")
-    world.answers(3)
-    world.protect()
-    world.answers(3)
-    world.wait(3.0)
-    world.a.power_cut()
-    world.answers(3)
-
-
-def lost_writes(world: World) -> None:
-    """The primary's disk refuses what the guest has written, before and after marks are cleared."""
-    world.protect()
-    world.answers(3)
-    for _ in range(4):
-        world.busy(3)
-        world.a.break_disk()
-        world.wait(4 * CLEAN)
-        world.answers(2)
-    world.busy(3)
-    world.a.break_disk()
-    world.a.power_cut(back_after=2.0)
-    world.answers(3)
-    world.wait(2.5)
-    world.protect("b")
-    world.answers(3)
-
-
-#: Scenario -> the host that runs the guest in the end, if nothing more goes wrong.
-ENDS_ON: Final[dict[Callable[[World], None], str]] = {
-    talk_and_stop: "a",
-    stopped: "a",
-    planned: "a",
-    power_cut: "b",
-    primary_killed: "a",
-    standby_killed: "a",
-    link_unplugged: "a",
-    cut_off: "b",
-    left_buffer: "b",
-    declined: "a",
-    refused: "a",
-    unrecorded: "b",
-}
-#: As above, of those with an administrator who works by hand, on a guest without disks.
-BY_HAND_END_ON: Final[dict[Callable[[World], None], str]] = {
-    brought_back: "a",
-    carried_over: "b",
-    old_copy: "a",
-}
-#: As above, of those that are about the guest's disk; the others are also run with one.
-DISKS_END_ON: Final[dict[Callable[[World], None], str]] = {
-    there_and_back: "a",
-    protected_again: "b",
-    stuck_disk: "b",
-    lost_writes: "b",
-}
-_ENDS_ON: Final = ENDS_ON | BY_HAND_END_ON | DISKS_END_ON
-SCENARIOS: Final = {each.__name__: each for each in (*ENDS_ON, *BY_HAND_END_ON)}
-DISK_SCENARIOS: Final = {each.__name__: each for each in (*DISKS_END_ON, *ENDS_ON)}
-_COURSES: Final = SCENARIOS | DISK_SCENARIOS
-#: (scenario, whether the guest has a disk) of all runs.
-WORLDS: Final = (
-    *((scenario, False) for scenario in SCENARIOS),
-    *((scenario, True) for scenario in DISK_SCENARIOS),
-)
 
 # ---- Faults -----------------------------------------------------------------------------------
 
@@ -352,7 +45,7 @@ def _knock(machine: Machine) -> None:
 def _full_and_stall(machine: Machine) -> None:
     """What the other host does meanwhile cannot be recorded there."""
     machine.world.other(machine).fill(_SCARCE)
-    _stall(machine, 12.0)
+    stall(machine, 12.0)
 
 
 #: Virtual seconds for which there is no room.
@@ -361,9 +54,9 @@ _SCARCE: Final = 20 * HEARTBEAT
 ACTIONS: Final[dict[str, Callable[[Machine], None]]] = {
     "kill": Machine.kill,
     "power": Machine.power_cut,
-    "stall-short": lambda machine: _stall(machine, 0.8),
-    "stall": lambda machine: _stall(machine, 2.5),
-    "stall-long": lambda machine: _stall(machine, 12.0),
+    "stall-short": lambda machine: stall(machine, 0.8),
+    "stall": lambda machine: stall(machine, 2.5),
+    "stall-long": lambda machine: stall(machine, 12.0),
     "cut": _reset,
     "unplug": lambda machine: _unplug(machine, "link"),
     "partition": lambda machine: _unplug(machine, "link", "lan"),
@@ -385,6 +78,12 @@ _COMMON: Final = tuple(action for action in ACTIONS if action not in (*_RARE, *_
 _DISK_ACTIONS: Final = ("kill", "power", "stall", "cut", "peer-kill", "peer-power")
 
 
+_SHAPE: Final = "SCENARIO/POINT:ACTION:NTH/POLICY/seed N, and /disk for a guest with one"
+_NAME: Final = re.compile(
+    r"(\w+)/([a-z-]+):([a-z-]+):(\d{1,6})/(hold|release)/seed (\d{1,12})(/disk)?", re.ASCII
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One run: what happens, and what goes wrong where."""
@@ -402,6 +101,24 @@ class Case:
             f"{self.scenario}/{self.point}:{self.action}:{self.nth}/{self.policy}/seed {self.seed}"
             + "/disk" * self.disks
         )
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """The case that is printed as this.
+
+        :raise ValueError: none is
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} names no case; expected {_SHAPE}")
+        scenario, point, action, nth, policy, seed, disks = match.groups()
+        if scenario not in COURSES:
+            raise ValueError(f"{name!r} has no scenario; expected one of {', '.join(COURSES)}")
+        if point not in POINTS:
+            raise ValueError(f"{name!r} has no fault point; expected one of {', '.join(POINTS)}")
+        if action not in ACTIONS:
+            raise ValueError(f"{name!r} has no action; expected one of {', '.join(ACTIONS)}")
+        return cls(scenario, point, int(nth), action, policy, int(seed), bool(disks))
 
 
 @dataclass(slots=True)
@@ -423,7 +140,7 @@ def run(case: Case) -> Outcome:
     with World(case.seed, policy=case.policy, disks=case.disks) as world:
         world.faults.append(Fault(case.point, case.nth, ACTIONS[case.action]))
         try:
-            _COURSES[case.scenario](world)
+            COURSES[case.scenario](world)
             world.settle()
         except (AssertionError, Stuck, Violation) as error:
             outcome.violation = str(error) or repr(error)
@@ -437,10 +154,10 @@ def baseline(scenario: str, policy: str = "hold", seed: int = 0, *, disks: bool 
     outcome = Outcome()
     with World(seed, policy=policy, disks=disks) as world:
         try:
-            course = _COURSES[scenario]
+            course = COURSES[scenario]
             course(world)
             world.settle()
-            _check_course(world, _ENDS_ON[course])
+            _check_course(world, EVERY_END_ON[course])
         except (AssertionError, Stuck, Violation) as error:
             outcome.violation = str(error) or repr(error)
         outcome.reached = dict(world.reached)
