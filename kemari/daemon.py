@@ -386,7 +386,19 @@ class Daemon:
                 self._protect_again(record)
 
     def _remember_takeover(self, uuid: str, guest: str) -> None:
-        self.host.spawn(remember_takeover(self.host, uuid), f"{guest}: record the takeover")
+        self.host.spawn(self._see_recorded(uuid), f"{guest}: record the takeover")
+
+    async def _see_recorded(self, uuid: str) -> None:
+        """See to it that a takeover is recorded, and that what was wished comes after it.
+
+        A restarted daemon whose ledger could not be written had nothing to go by.
+        """
+        await remember_takeover(self.host, uuid)
+        record = self.host.ledger.get(uuid)
+        if record is None or not self._is_wished(record) or self._closing:
+            return
+        if record.guest not in self.again and record.guest not in self.protections:
+            self._protect_again(record)
 
     async def claim(self, uuid: str, name: str, session: StandbySession) -> None:
         """See :class:`kemari.standby.Registry`."""

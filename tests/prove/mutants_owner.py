@@ -50,7 +50,7 @@ OWNER: Final[tuple[Mutant, ...]] = (
             ),
             Edit(
                 "kemari/daemon.py",
-                "        self.host.spawn(remember_takeover(self.host, uuid), "
+                "        self.host.spawn(self._see_recorded(uuid), "
                 'f"{guest}: record the takeover")\n',
                 "        del uuid, guest\n",
             ),

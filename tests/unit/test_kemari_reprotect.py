@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from checkpoint.errors import CheckpointError, ProtocolError
 from checkpoint.memory import MemoryHypervisor, MemorySource
 from diskbuffer import durable
-from kemari import daemon
+from kemari import daemon, recovery
 from kemari.config import Options
 from kemari.errors import KemariError, NoSuchProtection, Refused
 from kemari.ledger import Record, Role
@@ -51,6 +52,11 @@ def recorded(machine: Machine) -> dict[str, Any]:
     record = machine.daemon.host.ledger.by_name("web")
     assert record is not None
     return record.options
+
+
+def full(*_: object) -> None:
+    """What writes a file fails."""
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_power_cuts_to_and_fro_need_no_administrator(tmp_path: Path) -> None:
@@ -133,6 +139,37 @@ def test_a_restarted_daemon_remembers(tmp_path: Path) -> None:
         pair.check_answers()
 
 
+@pytest.mark.parametrize("role", [Role.STANDBY, Role.CLAIMED])
+def test_a_daemon_restarted_in_front_of_a_full_disk_protects_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: Role
+) -> None:
+    """It finds the guest running after a takeover that its ledger has not, or not to the end."""
+    monkeypatch.setattr(recovery, "PATIENT_PACE", 0.05)
+    with Pair(tmp_path, reprotect=True) as pair:
+        pair.protect()
+        pair.talk(3)
+        pair.a.power_cut()
+        await_true(lambda: pair.b.state("web") == "unprotected", "b has recorded that it runs it")
+        assert pair.b.daemon
+        ledger = pair.b.daemon.host.ledger
+        record = ledger.by_name("web")
+        assert record is not None
+        pair.b.kill()
+        ledger.forget(record.uuid)
+        ledger.put(replace(record, role=role, generation=1 + (role is Role.CLAIMED)))
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "replace", full)
+            pair.b.start()
+            assert pair.b.daemon
+            found = pair.b.daemon.host.ledger.by_name("web")
+            assert found is not None
+            assert found.role is role
+        pair.a.power_on()
+        await_protected(pair.b, "a")
+        pair.talk(3)
+        pair.check_answers()
+
+
 def test_who_does_not_want_it_has_none(tmp_path: Path) -> None:
     with Pair(tmp_path, reprotect=False) as pair:
         pair.protect()
@@ -189,9 +226,6 @@ def test_what_was_stopped_while_the_standby_was_asked_stays_so(tmp_path: Path) -
 def test_a_full_disk_does_not_keep_a_stop_from_letting_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with Pair(tmp_path, on_standby_loss="hold") as pair:
         pair.lose_standby()
         await_true(lambda: pair.a.status("web")["state"] == "holding", "held")
