@@ -142,7 +142,8 @@ def test_an_unplugged_link_is_silent_both_ways_and_the_other_one_is_not(fresh_la
     assert fresh_lab.ssh("b", "ping -c 1 -W 30 10.78.0.1").status == 0
 
 
-@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long  # every test with a guest talks to it
+@pytest.mark.parametrize("vcpus", [1, 2])
 def test_the_guest_answers_over_ipv4_and_ipv6_and_shuts_down_when_asked(
     fresh_lab: Lab, vcpus: int
 ) -> None:
@@ -167,6 +168,7 @@ def test_the_guest_answers_over_ipv4_and_ipv6_and_shuts_down_when_asked(
     assert fresh_lab.ssh("a", "xl domid demo", check=False).status != 0
 
 
+@pytest.mark.long  # every test that cuts the power relies on it
 def test_a_power_cut_says_no_goodbye_and_the_disk_is_as_it_was(fresh_lab: Lab) -> None:
     fresh_lab.ssh("b", "echo kept > /root/kept && sync")
     listener = subprocess.Popen(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Protection on real Xen: what a power cut, a cut link or a killed daemon does, seen from outside.
 
-``KEMARI_LAB_CUTS`` is the number of power cuts in a row under a talking client (3).
+``KEMARI_LAB_CUTS`` is the number of power cuts in a row under a talking client (3), and of planned
+moves, of which two are there and back.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def test_a_domain_that_is_not_there(world: World) -> None:
         )
 
 
+@pytest.mark.long
 def test_a_standby_that_is_not_there(world: World) -> None:
     pair = world.unprotected()
     refused(world, pair.primary, "start", GUEST, "10.78.0.77", status=UNREACHABLE, why="10.78.0.77")
@@ -120,7 +122,6 @@ def test_a_standby_without_memory_for_the_guest(world: World) -> None:
 # ---- Stop -------------------------------------------------------------------------------------
 
 
-@pytest.mark.short
 def test_stop_leaves_everything_as_it_was(world: World) -> None:
     pair = world.unprotected()
     before = {name: world.network(name) for name in (pair.primary, pair.standby)}
@@ -159,6 +160,7 @@ def test_stop_leaves_everything_as_it_was(world: World) -> None:
 # ---- Power cuts -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_power_cut_during_the_first_copy(world: World) -> None:
     """The guest is lost with its host, as it would be without protection; that is said."""
     pair = world.unprotected()
@@ -252,7 +254,7 @@ def test_planned_failover_there_and_back(world: World) -> None:
     world.protected()
     moves: list[Cut] = []
     with world.talk("planned") as talk:
-        for _ in range(2):
+        for _ in range(min(CUTS, 2)):
             pair = world.protected()
             protected = time.monotonic()
             talk.wait_answers(SOME)
