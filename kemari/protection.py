@@ -126,7 +126,7 @@ class Protection:
             if self.stopped:
                 raise self.coming.failure from None
             raise
-        except BaseException as error:
+        except Exception as error:
             self.coming.failure = error
             await self._undo(str(error) or type(error).__name__)
             raise
