@@ -24,7 +24,7 @@ NAME = "demo"
 ECHO_PORT = 7777
 COMMAND_PORT = 7070
 FOLDER = "root/guest"
-EXTRA = "console=hvc0 quiet mitigations=off xen.fifo_events=0 clocksource=tsc tsc=reliable"
+EXTRA = "console=hvc0 quiet xen.fifo_events=0 clocksource=tsc tsc=reliable"
 START_TIMEOUT = 300.0
 DATABASE_PORT = 6379
 #: What the guest's databases write to; the same path on both hosts.

@@ -107,14 +107,10 @@ class Host:
         console = self._folder / "console.sock"
         console.unlink(missing_ok=True)
         seen = self.console_log.stat().st_size if self.console_log.exists() else 0
-        # Without defences against what an emulated processor does not do: speculate.
-        kernel = (
-            "base/vmlinuz console=hvc0 quiet mitigations=off net.ifnames=0 panic=5 "
-            f"labname={self.name}"
-        )
+        kernel = f"base/vmlinuz console=hvc0 quiet net.ifnames=0 panic=5 labname={self.name}"
         xen = (
             f"com1=115200,8n1 console=com1 dom0_mem={machine.dom0_mib}M,max:{machine.dom0_mib}M "
-            "loglvl=warning spec-ctrl=no"
+            "loglvl=warning"
         )
         if machine.dom0_cpus:
             xen += f" dom0_max_vcpus={machine.dom0_cpus} dom0_vcpus_pin"
