@@ -37,8 +37,8 @@ FUZZ_SEED ?= 1
 packages:
 	@.ci/packages $(PYTHON)
 
-$(STAMP): setup.cfg setup.py pyproject.toml checkpoint/_native.c checkpoint/_pages.h \
-		diskbuffer/*.c diskbuffer/*.h | packages
+$(STAMP): setup.cfg setup.py pyproject.toml checkpoint/_native.c checkpoint/*.h \
+		checkpoint/xen/*.h diskbuffer/*.c diskbuffer/*.h | packages
 	@echo "making $(VENV)" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check setuptools wheel

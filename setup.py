@@ -12,7 +12,11 @@ setup(
         Extension(
             "checkpoint._native",
             sources=["checkpoint/_native.c"],
-            depends=["checkpoint/_pages.h"],
+            depends=[
+                "checkpoint/_pages.h",
+                "checkpoint/_standstill.h",
+                "checkpoint/xen/standstill.h",
+            ],
             # Python 3.11 is the first whose stable ABI has the buffer protocol.
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,

@@ -2,12 +2,13 @@
  *
  * Python's door to _pages.h: arguments, bounds, the GIL.  checkpoint/native.py documents each
  * function, checkpoint/_twin.py does the same in Python.  Only the stable ABI of Python 3.11 is
- * used, so that one wheel serves every later version.
+ * used, so that one wheel serves every later version.  What _standstill.h exports goes by cffi.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "_pages.h"
+#include "_standstill.h"
 
 /* Frame numbers are array('Q'): 8-byte items, so a pointer to them must be aligned to be indexed.
  * (That of an empty array is not.) */
@@ -151,12 +152,10 @@ static PyObject *stage(PyObject *self, PyObject *args)
         int ascending;
         Py_BEGIN_ALLOW_THREADS
         ascending = is_ascending(left_out.buf, except);
-        if (ascending) {
-            bitmap_mark(bitmap.buf, bits, also.buf, (uint64_t)many, left_out.buf, except);
-            found = bitmap_without(bitmap.buf, bits, left_out.buf, except, places, free);
-            if (found <= free)
-                pages_gather(memory.buf, places, found, (uint8_t *)data.buf + first * PAGE_BYTES);
-        }
+        if (ascending)
+            found = pages_stage(memory.buf, bitmap.buf, bits, also.buf, (uint64_t)many,
+                                left_out.buf, except, places,
+                                (uint8_t *)data.buf + first * PAGE_BYTES, free);
         Py_END_ALLOW_THREADS
         if (!ascending)
             PyErr_SetString(PyExc_ValueError, "the frames to leave out do not ascend");

@@ -256,6 +256,20 @@ static uint64_t bitmap_without(const uint8_t *bitmap, uint64_t nbits, const uint
     return found;
 }
 
+/* Copy the pages whose bits are set, and those of also, but none of exclude, which ascends, each
+ * once, ascending, if there is room for all; the bitmap gets the bits of also.  Returns how many
+ * they are, which may be more than room. */
+static uint64_t pages_stage(const uint8_t *memory, uint8_t *bitmap, uint64_t nbits,
+                            const uint64_t *also, uint64_t count, const uint64_t *exclude,
+                            uint64_t many, uint64_t *gfns, uint8_t *data, uint64_t room)
+{
+    bitmap_mark(bitmap, nbits, also, count, exclude, many);
+    uint64_t found = bitmap_without(bitmap, nbits, exclude, many, gfns, room);
+    if (found <= room)
+        pages_gather(memory, gfns, found, data);
+    return found;
+}
+
 /* ---- The batch body ---- */
 
 #define PAGE_WORDS 512u

@@ -45,16 +45,17 @@ class DirtyLog:
     guest more than copying a page again does, so :meth:`read` can do without.
 
     :ivar bitmap: one bit per frame, filled by a reading, in which the mark's is set
+    :ivar buffer: the library's description of it
     """
 
     def __init__(self, domid: int, pages: int, libs: Libraries | None = None) -> None:
         self._libs = libs or libraries()
         self._domid = domid
         self._pages = pages
-        self._buffer = ffi.new("xc_hypercall_buffer_t *")
+        self.buffer = ffi.new("xc_hypercall_buffer_t *")
         self._buffer_pages = (pages + 8 * PAGE_SIZE - 1) // (8 * PAGE_SIZE)
         memory = self._libs.xc.xc__hypercall_buffer_alloc_pages(
-            self._libs.xch, self._buffer, self._buffer_pages
+            self._libs.xch, self.buffer, self._buffer_pages
         )
         if memory == ffi.NULL:
             raise HypervisorError("xc__hypercall_buffer_alloc_pages", ffi.errno)
@@ -107,6 +108,18 @@ class DirtyLog:
             if native.count_set(self.bitmap, self._pages) <= keep:
                 return
         # What backends wrote meanwhile is in this one.
+        self.clean()
+
+    @property
+    def ours(self) -> bool:
+        """Whether the log is on, and nobody else was seen to have it."""
+        return self._enabled
+
+    def clean(self) -> None:
+        """As :meth:`read`, and clean it, whatever is in it.
+
+        :raise LogTaken: as there
+        """
         self._read_ours(_CLEAN, "read and clean")
 
     def read_and_clean(self) -> None:
@@ -114,7 +127,7 @@ class DirtyLog:
 
         :raise LogTaken: as :meth:`read`
         """
-        self._read_ours(_CLEAN, "read and clean")
+        self.clean()
         self.mark()
 
     def _read_ours(self, operation: int, what: str) -> None:
@@ -144,7 +157,7 @@ class DirtyLog:
 
     def _read(self, operation: int, pages: int, what: str) -> None:
         result = self._libs.xc.xc_logdirty_control(
-            self._libs.xch, self._domid, operation, self._buffer, pages, 0, ffi.NULL
+            self._libs.xch, self._domid, operation, self.buffer, pages, 0, ffi.NULL
         )
         if result != pages:
             raise HypervisorError("xc_logdirty_control", ffi.errno, what)
@@ -185,7 +198,7 @@ class DirtyLog:
         self._open = False
         self.bitmap.release()
         self._libs.xc.xc__hypercall_buffer_free_pages(
-            self._libs.xch, self._buffer, self._buffer_pages
+            self._libs.xch, self.buffer, self._buffer_pages
         )
         if self._enabled:
             self._enabled = False

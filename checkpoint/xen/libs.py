@@ -136,6 +136,11 @@ class Libraries:
         self.modelh = self._open(self.model.xendevicemodel_open(ffi.NULL, 0), "xendevicemodel_open")
 
     @staticmethod
+    def pointer(library: Any, name: str) -> Any:
+        """A function of one of them, for native code to call."""
+        return getattr(library, name)
+
+    @staticmethod
     def _load(name: str) -> Any:
         try:
             return ffi.dlopen(name)

@@ -49,6 +49,10 @@ class Moment:
     """Stops one domain and learns its vCPU context and its tables, again and again.
 
     :param context_size: bytes that a vCPU context may have; no more than at the domain's creation
+    :ivar request: what :attr:`address`, the buffer, must begin with before :attr:`count` entries
+        are made, or all but the first, which pauses; the second asks for the context
+    :ivar size_at: where the context's size is in the buffer; :ivar context_at: and the context
+    :ivar answers: the part of the buffer with the answers about the tables
     """
 
     def __init__(self, domid: int, context_size: int, libs: Libraries | None = None) -> None:
@@ -73,11 +77,11 @@ class Moment:
             command(self._libs, self._domid, _PAUSEDOMAIN),
             command(self._libs, self._domid, _GETHVMCONTEXT, self._context_size, base + context_at),
         ]
-        self._request = b"".join([*entries, tables.entries, tables.arguments, *commands])
-        self._ports, self._count = ports, count
-        self._context_at = context_at
-        self._size_at = commands_at + COMMAND_ROOM + COMMAND_SIZE_AT
-        self._answers = slice(_TABLES * ENTRY.size, commands_at)
+        self.request = b"".join([*entries, tables.entries, tables.arguments, *commands])
+        self._ports, self.count = ports, count
+        self.context_at = context_at
+        self.size_at = commands_at + COMMAND_ROOM + COMMAND_SIZE_AT
+        self.answers = slice(_TABLES * ENTRY.size, commands_at)
 
     def take(self, *, pause: bool) -> None:
         """Pause the domain and learn its context and its tables.
@@ -87,10 +91,16 @@ class Moment:
             refused is said when that is asked for
         """
         first = _PAUSE if pause else _CONTEXT
-        calls = self._open()
-        calls.make(self._request, first, self._count - first)
+        self._open().make(self.request, first, self.count - first)
         if pause:
-            calls.check(_PAUSE, "XEN_DOMCTL_pausedomain", self._who())
+            self.check_paused()
+
+    def check_paused(self) -> None:
+        """Look whether the trip that was just made has paused the domain.
+
+        :raise HypervisorError: Xen refused to
+        """
+        self._open().check(_PAUSE, "XEN_DOMCTL_pausedomain", self._who())
 
     def context(self) -> bytes:
         """The HVM save records of vCPUs and platform devices (``hvm/save.h``), of the last moment.
@@ -101,8 +111,8 @@ class Moment:
         """
         calls = self._open()
         calls.check(_CONTEXT, "XEN_DOMCTL_gethvmcontext", self._who())
-        (used,) = _SIZE.unpack_from(calls.view, self._size_at)
-        return bytes(calls.view[self._context_at : self._context_at + used])
+        (used,) = _SIZE.unpack_from(calls.view, self.size_at)
+        return bytes(calls.view[self.context_at : self.context_at + used])
 
     def tables(self) -> tuple[list[EventChannel], int]:
         """(bound ports in ascending order, number of grant-table frames) of the last moment.
@@ -112,7 +122,7 @@ class Moment:
         :raise HypervisorError: when Xen refuses, also for a port that Xen itself listens to
         """
         while True:
-            self._tables.read(bytes(self._open().view[self._answers]))
+            self._tables.read(bytes(self._open().view[self.answers]))
             if self._tables.whole:
                 return self._tables.events, self._tables.frames
             if self._ports >= _MOST_PORTS:
@@ -129,7 +139,22 @@ class Moment:
         return self.tables()
 
     def _ask_tables(self) -> None:
-        self._open().make(self._request, _TABLES, self._count - _TABLES)
+        self._open().make(self.request, _TABLES, self.count - _TABLES)
+
+    @property
+    def address(self) -> int:
+        """Of the buffer; :meth:`tables` may make another one."""
+        return self._open().address
+
+    @property
+    def known(self) -> bytes:
+        """The answers that :meth:`tables` was last read from."""
+        return self._tables.answers
+
+    @property
+    def events(self) -> list[EventChannel]:
+        """What :meth:`tables` last said of event channels."""
+        return self._tables.events
 
     @property
     def pages(self) -> int:
@@ -154,6 +179,8 @@ class Resumption:
     """Reports one frame of a paused domain as modified, and lets the domain run, in this order.
 
     :param frame: guest frame, to be found in the dirty log when it is read next
+    :ivar address: of the buffer; :ivar request: what it must begin with before its two entries are
+        made
     """
 
     def __init__(self, domid: int, frame: int, libs: Libraries | None = None) -> None:
@@ -168,7 +195,8 @@ class Resumption:
         buffers = _BUFFERS.pack(
             base + operation_at, _MODIFIED.size, base + extent_at, _EXTENT.size
         )  # fmt: skip
-        self._request = b"".join(
+        self.address = base
+        self.request = b"".join(
             [
                 entry(_DM_OP, domid, 2, base + buffers_at),
                 entry(DOMCTL, base + command_at),
@@ -184,7 +212,14 @@ class Resumption:
 
         :raise HypervisorError: the domain is still paused, or it is not known whether
         """
-        self._calls.make(self._request, _MARK, 2)
+        self._calls.make(self.request, _MARK, 2)
+        self.check_unpaused()
+
+    def check_unpaused(self) -> None:
+        """Look whether the trip that was just made has let the domain run.
+
+        :raise HypervisorError: Xen refused to
+        """
         self._calls.check(_UNPAUSE, "XEN_DOMCTL_unpausedomain", f"domain {self._domid}")
 
     def check(self) -> None:

@@ -31,17 +31,22 @@ class Rest:
 
     :param ram: its memory from frame 0 on, mapped
     :param memory: the same
+    :ivar conditions: what must hold, for :func:`checkpoint.native.first_unmet`
+    :ivar clock_code: the :func:`borders` of the code that reads the clock
+    :ivar rereads: addresses there at which a pause does no harm
+    :ivar context_size: bytes of the last context; :ivar pointers_at: its instruction pointers
     """
 
     def __init__(self, ram: memoryview, memory: PhysicalMemory, layout: LinuxLayout) -> None:
         self._ram = ram
         self._memory = memory
         self._layout = layout
-        self._conditions = array("Q")
+        self.conditions = array("Q")
         self._reasons: list[str] = []
-        self._clock_code = borders(layout.clock.code)
-        self._context_size = 0
-        self._pointers_at: list[int] = []
+        self.clock_code = borders(layout.clock.code)
+        self.rereads = layout.clock.rereads
+        self.context_size = 0
+        self.pointers_at: list[int] = []
 
     def prepare(self, fifo_pages: int) -> None:
         """Write down what must hold.
@@ -58,10 +63,10 @@ class Rest:
             groups["when it had just added a page of event channels"] = [
                 equals(layout.fifo.pages, 4, fifo_pages)
             ]
-        self._conditions, self._reasons = array("Q"), []
+        self.conditions, self._reasons = array("Q"), []
         for reason, conditions in groups.items():
             compiled = words(conditions, self._memory)
-            self._conditions += compiled
+            self.conditions += compiled
             self._reasons += [reason] * (len(compiled) // _WORDS)
 
     def check(self, context: bytes, store_page: bytes) -> None:
@@ -72,15 +77,14 @@ class Rest:
             may put an event into the live one at any time
         :raise NotQuiescent: the guest itself is in the middle of something that cannot move
         """
-        if len(context) != self._context_size:  # a vCPU came up or went down
-            self._pointers_at = Context(context).instruction_pointers_at()
-            self._context_size = len(context)
-        rereads = self._layout.clock.rereads
-        for at in self._pointers_at:
+        if len(context) != self.context_size:  # a vCPU came up or went down
+            self.pointers_at = Context(context).instruction_pointers_at()
+            self.context_size = len(context)
+        for at in self.pointers_at:
             (pointer,) = _POINTER.unpack_from(context, at)
-            if bisect_right(self._clock_code, pointer) & 1 and pointer not in rereads:
+            if bisect_right(self.clock_code, pointer) & 1 and pointer not in self.rereads:
                 raise NotQuiescent("the guest was paused while it read its clock")
-        unmet = native.first_unmet(self._ram, self._conditions)
+        unmet = native.first_unmet(self._ram, self.conditions)
         if unmet >= 0:
             raise NotQuiescent(f"the guest was paused {self._reasons[unmet]}")
         if not rings.xenstore_empty(store_page):

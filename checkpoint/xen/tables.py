@@ -38,6 +38,7 @@ class Tables:
     :ivar events: bound ports, ascending; the same object as long as nothing has changed
     :ivar frames: of the grant table
     :ivar pages: that the domain has
+    :ivar answers: that all this was last read from
     """
 
     def __init__(self, domid: int, ports: int, address: int) -> None:
@@ -62,7 +63,7 @@ class Tables:
         self.events: list[EventChannel] = []
         self.frames = self.pages = 0
         self._results = struct.Struct("<" + len(entries) * _RESULT)
-        self._answers = b""
+        self.answers = b""
 
     @staticmethod
     def entry_count(ports: int) -> int:
@@ -79,9 +80,9 @@ class Tables:
 
         :raise HypervisorError: when Xen refuses, also for a port that Xen itself listens to
         """
-        if answers == self._answers:
+        if answers == self.answers:
             return
-        self._answers = b""
+        self.answers = b""
         *ports, query, pages = self._results.unpack_from(answers)
         who = f"domain {self._domid}"
         if pages < 0:
@@ -101,7 +102,7 @@ class Tables:
             if _STATUS.unpack_from(raw, at)[2] != _CLOSED
         ]
         self.frames, self.pages = frames, pages
-        self._answers = answers
+        self.answers = answers
 
 
 def _event(raw: bytes, at: int) -> EventChannel:

@@ -149,7 +149,12 @@ static void bitmaps(void)
     bitmap_mark(bitmap, nbits, gfns, 4, exclude, 4);
     check(bitmap_count(bitmap, nbits) >= total, "marking takes nothing away");
     check(bitmap_first(bitmap, nbits, gfns, 4) <= 4, "a frame that is set, or none");
-    free(out), free(bitmap);
+    uint8_t *guest = take(nbits * PAGE_BYTES), *data = take(room * PAGE_BYTES);
+    memset(guest, 7, nbits * PAGE_BYTES);
+    found = pages_stage(guest, bitmap, nbits, gfns, 4, exclude, 4, out, data, room);
+    check(found <= nbits, "a page is staged once");
+    check(found > room || !found || data[found * PAGE_BYTES - 1] == 7, "what fits is copied");
+    free(data), free(guest), free(out), free(bitmap);
 }
 
 static void conditions(void)

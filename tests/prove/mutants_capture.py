@@ -9,6 +9,8 @@ from tests.prove.mutant import Edit, Mutant
 
 _MEMORY: Final = "checkpoint/memory.py"
 _XEN: Final = "checkpoint/xen/source.py"
+_STILL: Final = "checkpoint/xen/standstill.py"
+_SHORT: Final = "checkpoint/xen/shortcut.py"
 _DIRTY: Final = "checkpoint/xen/dirty.py"
 _LOG_TESTS: Final = ("tests/unit/test_xen_dirty.py",)
 _XEN_TESTS: Final = ("tests/unit/test_xen_source.py", "tests/unit/test_xen_source_life.py")
@@ -90,17 +92,12 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _XEN,
-                "            events, grants = self._copy_shared(staging)\n"
+                "            still.copy_shared(staging)\n"
                 '            reach("rings-copied")\n'
-                "            self._copy_dirty(staging, keep)\n",
-                "            self._log.read(0)\n"
-                "            logged = bytes(self._log.bitmap)\n"
-                "            events, grants = self._copy_shared(staging)\n"
-                '            reach("rings-copied")\n'
-                "            self._log.read = lambda keep: None\n"
-                "            self._log.bitmap[:] = logged\n"
-                "            self._copy_dirty(staging, keep)\n"
-                "            del self._log.read\n",
+                "            still.read_log(keep)\n",
+                "            still.read_log(keep)\n"
+                "            still.copy_shared(staging)\n"
+                '            reach("rings-copied")\n',
             ),
         ),
         _XEN_TESTS,
@@ -110,9 +107,9 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         "on Xen, pages under an active grant for writing are copied each time",
         (
             Edit(
-                _XEN,
-                "        self._under_grants = native.active_writable(grants, self._granted)\n",
-                "        self._under_grants = 0 * native.active_writable(grants, self._granted)\n",
+                _STILL,
+                "self._under_grants = native.active_writable(self._entries, self._granted)",
+                "self._under_grants = 0",
             ),
         ),
         _XEN_TESTS,
@@ -120,7 +117,7 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
     Mutant(
         "xen-backends-not-awaited",
         "on Xen, a checkpoint waits until backends have answered",
-        (Edit(_XEN, "            self._await_backends()\n", ""),),
+        (Edit(_XEN, "            still.await_backends()\n", ""),),
         _XEN_TESTS,
     ),
     Mutant(
@@ -128,8 +125,8 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         "on Xen, a guest in the middle of its clock, or of xenstore, is not captured",
         (
             Edit(
-                _XEN,
-                "            self._rest.check(context, outside[self._special[0]])\n",
+                _STILL,
+                "        self._rest.check(self._context, self._copies[self._special[0]])\n",
                 "",
             ),
         ),
@@ -140,9 +137,9 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         "on Xen, what the log said is not lost with a failed attempt",
         (
             Edit(
-                _XEN,
-                "                self._carried = bytes(self._log.bitmap)",
-                "                self._carried = None",
+                _STILL,
+                "            self._carried = bytes(self._log.bitmap)",
+                "            self._carried = None",
             ),
         ),
         _XEN_TESTS,
@@ -153,10 +150,8 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         (
             Edit(
                 _DIRTY,
-                "        # What backends wrote meanwhile is in this one.\n"
-                '        self._read_ours(_CLEAN, "read and clean")\n',
-                "            seen = bytes(self.bitmap)\n"
-                '        self._read_ours(_CLEAN, "read and clean")\n'
+                "        # What backends wrote meanwhile is in this one.\n        self.clean()\n",
+                "            seen = bytes(self.bitmap)\n        self.clean()\n"
                 "        if keep > 0:\n"
                 "            self.bitmap[:] = seen\n",
             ),
@@ -201,6 +196,18 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
                 _XEN,
                 "        waits = leave_paused or self._paused\n",
                 "        waits = self._paused\n",
+            ),
+        ),
+        _XEN_TESTS,
+    ),
+    Mutant(
+        "xen-plan-of-earlier-devices",
+        "on Xen, native code knows the rings that the guest has now",
+        (
+            Edit(
+                _SHORT,
+                "        self._rings = shared_rings\n        self._valid = False\n",
+                "        self._rings = shared_rings\n",
             ),
         ),
         _XEN_TESTS,

@@ -14,10 +14,11 @@ from checkpoint import native
 from checkpoint.driver import PAGE_SIZE, Staging
 from checkpoint.errors import HypervisorError, LogTaken
 from checkpoint.guest.layout import LinuxLayout
-from checkpoint.xen import rings, source
+from checkpoint.xen import rings, source, standstill
 from checkpoint.xen.dirty import MARK_FRAME
 from checkpoint.xen.rings import Kind
-from checkpoint.xen.source import XenSource
+from checkpoint.xen.shortcut import ShortStandstill
+from checkpoint.xen.standstill import Standstill
 from checkpoint.xen.state import StateEncoder
 from tests.unit.guest_fifo import WORDS
 from tests.unit.xen_fakes import save_file
@@ -42,9 +43,10 @@ LET_GO = ("xencall2", "xendevicemodel_modified_memory", "xc_domain_unpause")
 GTF_WRITING = 0x10
 
 
-@pytest.fixture
-def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+@pytest.fixture(params=[Standstill, ShortStandstill])
+def rig(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Rig:
     """A guest that is tracked, its first copy done."""
+    monkeypatch.setattr(source, "implementation", lambda: request.param)
     return tracked(monkeypatch)
 
 
@@ -151,7 +153,7 @@ def test_writes_are_closed_after_backends_answered_and_before_the_log_is_read(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rings, "answered", answer)
-        patch.setattr(source, "_QUIET_BOUND", dict.fromkeys(Kind, 60.0))
+        patch.setattr(standstill, "_QUIET_BOUND", dict.fromkeys(Kind, 60.0))
         on_clean(rig, lambda: looks.append((rig.closed + 10, "close_writes" in rig.xen.calls)))
         rig.capture(leave_paused=leave_paused)
     closed_before = 0 if leave_paused else 1
@@ -249,7 +251,7 @@ def test_a_disk_is_given_more_time_than_a_network(
     rig.add_disk()
     rig.indices(BLOCK, 41, 40)
     bounds = {Kind.TRANSMIT: 0.0, Kind.RECEIVE: 0.0, Kind.DISK: 30.0}
-    monkeypatch.setattr(source, "_QUIET_BOUND", bounds)
+    monkeypatch.setattr(standstill, "_QUIET_BOUND", bounds)
     monkeypatch.setattr(os, "sched_yield", lambda: rig.indices(BLOCK, 41, 41))
     rig.capture()
     requests, _, responses, _ = struct.unpack_from("<4I", rig.copies()[BLOCK])
@@ -269,7 +271,7 @@ def test_a_receive_ring_is_copied_again_until_it_is_unambiguous(
 ) -> None:
     at = 64 + 8 * (290 % 256)
     rig.guest.backend_writes(RX, struct.pack("<HHHh", 290 % 256, 0, 0, 1514), at)
-    monkeypatch.setattr(source, "_QUIET_BOUND", dict.fromkeys(Kind, 30.0))
+    monkeypatch.setattr(standstill, "_QUIET_BOUND", dict.fromkeys(Kind, 30.0))
     monkeypatch.setattr(os, "sched_yield", lambda: rig.indices(RX, 300, 291))
     rig.capture()
     requests, _, responses, _ = struct.unpack_from("<4I", rig.copies()[RX])
@@ -386,13 +388,14 @@ def test_a_guest_that_was_let_go_without_the_mark_ends_the_protection(rig: Rig) 
         (rings, "answered"),
         (rings, "receive_unambiguous"),
         (StateEncoder, "encode"),
-        (XenSource, "_copy_dirty"),
     ],
     ids=lambda item: item if isinstance(item, str) else "",
 )
 def test_each_step_of_ours_that_fails_leaves_the_guest_running_and_the_log_whole(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
+    monkeypatch.setattr(source, "implementation", lambda: Standstill)
+    rig = tracked(monkeypatch)
     rig.capture()
     rig.guest.write(DATA, b"kept")
 

@@ -130,6 +130,7 @@ class FakeXen:
         self.mapped: dict[int, int] = {}
         self.resources: dict[int, int] = {}
         self.buffers: dict[int, Any] = {}
+        self.pointers: list[Any] = []
         self.khz = 2_000_000
         self.free_pages = 1 << 20
         self.release = SimpleNamespace(name="4.17", domctl=0x15)
@@ -157,6 +158,12 @@ class FakeXen:
             return function(self, *arguments)
 
         return called
+
+    def pointer(self, _library: Any, name: str) -> Any:
+        """One of the calls, for native code; an exception in it makes it fail."""
+        function: Any = ffi.callback(_NATIVE[name], getattr(self, name), error=-1)
+        self.pointers.append(function)
+        return function
 
     def add(
         self, domid: int, pages: int, special: tuple[int, ...] = (), holes: tuple[int, ...] = ()
@@ -287,6 +294,7 @@ class FakeXen:
         domain = self._find(domid)
         if domain is None:
             return -1
+        buffer = ffi.cast("xc_hypercall_buffer_t *", buffer)
         if operation == 2:
             if domain.logging:
                 ffi.errno = errno.EINVAL
@@ -471,6 +479,11 @@ class FakeXen:
         return 0
 
 
+_NATIVE = {
+    "xencall2": "int(void *, unsigned int, uint64_t, uint64_t)",
+    "xc_logdirty_control":
+        "long long(void *, uint32_t, unsigned int, void *, unsigned long, unsigned int, void *)",
+}  # fmt: skip
 _POINTERS = {
     "xc__hypercall_buffer_alloc_pages",
     "xc_cpu_policy_init",

@@ -12,7 +12,17 @@ import pytest
 from checkpoint.driver import PAGE_SIZE, Description, Staging
 from checkpoint.errors import NotQuiescent
 from checkpoint.guest.linux import read_layout
-from checkpoint.xen import dirty, host, mapping, moment, shell, source, toolstack
+from checkpoint.xen import (
+    dirty,
+    host,
+    mapping,
+    moment,
+    shell,
+    shortcut,
+    source,
+    standstill,
+    toolstack,
+)
 from checkpoint.xen.control import Domain
 from checkpoint.xen.rings import Kind
 from checkpoint.xen.source import XenSource
@@ -74,12 +84,12 @@ class Rig:
         for slot in range(256):
             self.slot(RX, slot, 8 + slot % 100)
         self.destroyed: list[int] = []
-        for module in (dirty, mapping, moment):
+        for module in (dirty, mapping, moment, shortcut):
             monkeypatch.setattr(module, "libraries", lambda: self.xen)
         monkeypatch.setattr(source, "Store", self.store.connect)
         monkeypatch.setattr(toolstack, "destroy", self.destroyed.append)
         # A bound that no test should have to wait for; those that do set their own.
-        monkeypatch.setattr(source, "_QUIET_BOUND", dict.fromkeys(Kind, 0.005))
+        monkeypatch.setattr(standstill, "_QUIET_BOUND", dict.fromkeys(Kind, 0.005))
         libs: Any = self.xen
         self.domain = Domain(DOMID, libs)
         description = Description("web", "u-u-i-d", DOMID, 2, self.pages, "xen")

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from checkpoint.driver import PAGE_SIZE, Description
-from checkpoint.xen import control, dirty, frontends, host, mapping, moment, source, toolstack
+from checkpoint.xen import (
+    control,
+    dirty,
+    frontends,
+    host,
+    mapping,
+    moment,
+    shortcut,
+    source,
+    toolstack,
+)
 from checkpoint.xen.context import Context
 from checkpoint.xen.host import XenHost
 from checkpoint.xen.shell import XenShell
@@ -48,7 +58,7 @@ class World:
             "c_info": {"type": "pvh", "uuid": "u-u-i-d", "name": "web", "domid": DOMID},
             "b_info": {"max_memkb": self.rig.pages * 4, "target_memkb": self.rig.pages * 4},
         }
-        for module in (dirty, mapping, moment, control, host):
+        for module in (dirty, mapping, moment, control, host, shortcut):
             monkeypatch.setattr(module, "libraries", lambda: self.xen)
         for module in (source, host, frontends):
             monkeypatch.setattr(module, "Store", lambda: self.store.connect())
