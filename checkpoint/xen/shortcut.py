@@ -41,8 +41,11 @@ def _load() -> Any:
 
 
 def implementation() -> type[Standstill]:
-    """What is there of it."""
-    return ShortStandstill if native.BACKEND == "native" else Standstill
+    """What is there of it; takes a while the first time."""
+    if native.BACKEND != "native":
+        return Standstill
+    _load()
+    return ShortStandstill
 
 
 class ShortStandstill(Standstill):
@@ -67,6 +70,10 @@ class ShortStandstill(Standstill):
         super().prepare(shared, shared_rings, holes)
         self._rings = shared_rings
         self._valid = False
+
+    def get_ready(self) -> None:
+        if not self._valid:
+            self._write_plan()
 
     def _write_plan(self) -> None:
         self._core, self._plan = _load(), ffi.new("struct standstill *")
@@ -131,8 +138,6 @@ class ShortStandstill(Standstill):
     # ---- Section: while it stands still ----
 
     def stop(self, *, pause: bool) -> None:
-        if not self._valid:
-            self._write_plan()
         self._rests = self._copied = False
         result = self._core.kemari_stop(self._plan, pause)
         if result < 0:

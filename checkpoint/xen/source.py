@@ -140,6 +140,7 @@ class XenSource:
             self._rest.prepare(count)
             self._still.prepare(sorted(lasting), self._rings, self._holes)
             self._fifo_pages = count
+        self._still.get_ready()
 
     def _fifo_count(self) -> int:
         fifo = self._layout.fifo

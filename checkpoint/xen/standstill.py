@@ -122,6 +122,9 @@ class Standstill:
             if ring.kind is Kind.RECEIVE
         ]
 
+    def get_ready(self) -> None:
+        """Do now what may be done before :meth:`stop`; to be called before each one."""
+
     def _page(self, gfn: int) -> memoryview:
         return self._ram[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
 
