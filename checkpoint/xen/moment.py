@@ -49,10 +49,11 @@ class Moment:
     """Stops one domain and learns its vCPU context and its tables, again and again.
 
     :param context_size: bytes that a vCPU context may have; no more than at the domain's creation
-    :ivar request: what :attr:`address`, the buffer, must begin with before :attr:`count` entries
-        are made, or all but the first, which pauses; the second asks for the context
-    :ivar size_at: where the context's size is in the buffer; :ivar context_at: and the context
-    :ivar answers: the part of the buffer with the answers about the tables
+    :ivar request: what the buffer must begin with when a trip is made
+    :ivar count: its entries: the first one pauses, the second one asks for the context
+    :ivar size_at: where in the buffer the size of the context is afterwards
+    :ivar context_at: and the context
+    :ivar answers: and what Xen says about the tables
     """
 
     def __init__(self, domid: int, context_size: int, libs: Libraries | None = None) -> None:
@@ -179,8 +180,8 @@ class Resumption:
     """Reports one frame of a paused domain as modified, and lets the domain run, in this order.
 
     :param frame: guest frame, to be found in the dirty log when it is read next
-    :ivar address: of the buffer; :ivar request: what it must begin with before its two entries are
-        made
+    :ivar address: of the buffer
+    :ivar request: what it must begin with when its two entries are made
     """
 
     def __init__(self, domid: int, frame: int, libs: Libraries | None = None) -> None:

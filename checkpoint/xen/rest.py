@@ -34,7 +34,8 @@ class Rest:
     :ivar conditions: what must hold, for :func:`checkpoint.native.first_unmet`
     :ivar clock_code: the :func:`borders` of the code that reads the clock
     :ivar rereads: addresses there at which a pause does no harm
-    :ivar context_size: bytes of the last context; :ivar pointers_at: its instruction pointers
+    :ivar context_size: bytes of the last context
+    :ivar pointers_at: where in it the instruction pointers are
     """
 
     def __init__(self, ram: memoryview, memory: PhysicalMemory, layout: LinuxLayout) -> None:

@@ -398,10 +398,19 @@ def test_figures_come_out_of_the_status() -> None:
 def test_the_table_tells_people_the_same() -> None:
     history = make()
     verdict = judge(history, [CUT])
-    text = report.table(history, verdict, [FIGURES], [CUT], ["IPv4", "IPv6"], 5.0)
+    text = report.table(history, verdict, [FIGURES], [CUT], ["IPv4", "IPv6"], 3.0)
     rows = dict(line.split("  ", 1) for line in text.splitlines())
     assert rows["requests"].strip() == f"{verdict.requests:,} on 2 connections, never opened again"
     assert "2.3" in rows["answers again"]
     assert "IPv6" in rows["answers again"]
     assert "p50 6.1 ms, p99 20.5 ms" in rows["guest paused"]
+    before = [each.latency for each in history.answers if each.sent and each.received < 3.0]
+    copying = [each.latency for each in history.answers if each.sent and 3.0 <= each.received < 5.0]
+    for latencies, text in (
+        (before, rows["latency"].partition("; ")[2]),
+        (copying, rows["set up"]),
+    ):
+        median = quantile(latencies, 0.5)
+        assert median is not None
+        assert text.strip().startswith(f"p50 {median * 1000:.1f} ms, p99 ")
     assert "40.0 KiB" in rows["sent"]

@@ -133,18 +133,16 @@ def table(
         )
         rows.append(("answers again", f"{_after(cut, resume.first)} after the power cut ({each})"))
     rows.append(("guest's clocks", f"changed by {_ms(verdict.clock_jump_ms)} across the cut"))
-    before = [
-        answer.latency * 1000
-        for answer in history.answers
-        if answer.sent is not None and answer.received < unprotected_until
-    ]
     rows.append(
         (
             "latency",
             f"p50 {_ms(verdict.latency_ms_p50)}, p99 {_ms(verdict.latency_ms_p99)} protected; "
-            f"p50 {_ms(quantile(before, 0.5))}, p99 {_ms(quantile(before, 0.99))} unprotected",
+            f"{_latency(history, float('-inf'), unprotected_until)} unprotected",
         )
     )
+    if cuts:
+        while_set_up = _latency(history, unprotected_until, cuts[0].protected)
+        rows.append(("set up", f"{while_set_up} until it was protected (first copy)"))
     for each_figures in figures:
         rows += [
             ("checkpoints", f"{each_figures.checkpoints:,}"),
@@ -157,6 +155,16 @@ def table(
         ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _latency(history: History, begin: float, end: float) -> str:
+    """Of what was answered between these times."""
+    found = [
+        answer.latency * 1000
+        for answer in history.answers
+        if answer.sent is not None and begin <= answer.received < end
+    ]
+    return f"p50 {_ms(quantile(found, 0.5))}, p99 {_ms(quantile(found, 0.99))}"
 
 
 def _kept(verdict: Verdict) -> str:
