@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -153,7 +153,7 @@ class Sender:
     async def send_epoch(
         self,
         epoch: int,
-        batches: Iterable[Coded],
+        batches: Iterable[Coded] | AsyncIterable[Coded],
         state: Coded,
         captured_ns: int,
         writes: Writes | None = None,
@@ -164,6 +164,7 @@ class Sender:
         may have the epoch or not.
 
         :param epoch: one more than :attr:`acked`
+        :param batches: may still be being coded
         :param captured_ns: ``time.monotonic_ns()`` when the guest was paused for it
         :param writes: records of the disks that belong to it; taken as fast as they can be sent
         """
@@ -172,10 +173,12 @@ class Sender:
         allowed, during = (Runstate.PROTECTING,), Runstate.COMMITTING
         async with self._step("send_epoch", allowed, during, Runstate.PROTECTING):
             self._totals = Totals()
-            for batch in batches:
-                self._put_pages(epoch, batch)
-                if len(batch.payload) >= _FLUSH:
-                    await self.link.flush()
+            if isinstance(batches, AsyncIterable):
+                async for batch in batches:
+                    await self._send_pages(epoch, batch)
+            else:
+                for batch in batches:
+                    await self._send_pages(epoch, batch)
             if writes is not None:
                 async for disk, records in writes:
                     self._put_writes(epoch, disk, records)
@@ -266,6 +269,11 @@ class Sender:
     def _put_pages(self, epoch: int, batch: Coded) -> None:
         crc = self.link.put(FrameType.PAGES, batch.payload, flags=batch.flags, epoch=epoch)
         self._totals.add(len(batch.payload), crc, batch.pages)
+
+    async def _send_pages(self, epoch: int, batch: Coded) -> None:
+        self._put_pages(epoch, batch)
+        if len(batch.payload) >= _FLUSH:
+            await self.link.flush()
 
     def _put_writes(self, epoch: int, disk: int, records: Buffer) -> None:
         payload = pack_writes(disk, records)
